@@ -1,0 +1,1 @@
+"""Models by name: what is known (`catalog`) and what is on this machine (`store`). No torch, no network."""

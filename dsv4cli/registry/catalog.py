@@ -1,0 +1,158 @@
+"""From what the user calls a model to where it lies: `resolve`.
+
+MODEL may be a name from catalog.toml, a checkpoint folder, a .gguf file, or owner/repo on the Hugging Face hub. A name
+of the catalog wins over a folder of the same name in the current directory (write ./tiny for the folder). Nothing is
+downloaded: an entry whose `path` is None is known but not on this machine.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from dsv4cli import paths
+from dsv4cli.errors import Dsv4Error, UsageError
+from dsv4cli.registry import store
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+DEFAULT_RELEASE = "april"  # nothing inside a checkpoint marks its release; this is the first one
+OWNER_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model, on this machine or not.
+
+    name      as listed: the alias, the folder's or file's name, or owner/repo
+    path      checkpoint folder or .gguf file; None when it is not here
+    release   whose chat format it speaks: "april" or "0731"
+    nbytes    tensor bytes of the published model; 0 where unknown. `shards` and `tensors` likewise
+    """
+
+    name: str
+    path: Path | None = None
+    repo: str | None = None
+    revision: str | None = None
+    release: str = DEFAULT_RELEASE
+    quant: str = "official"
+    license: str = "MIT"
+    note: str = ""
+    bundled: bool = False
+    shards: int = 0
+    tensors: int = 0
+    nbytes: int = 0
+    config_sha256: str | None = None
+
+    def located(self) -> Path:
+        """The path. Raises Dsv4Error if the model is not on this machine, saying where it was looked for."""
+        if self.path:
+            return self.path
+        if self.bundled:
+            folder = paths.bundled(self.name)
+            raise Dsv4Error(f"The embedded model {self.name} is missing: there is no {folder}.", "Install dsv4 again.")
+        what = f"{self.name} ({self.repo})" if self.repo != self.name else self.name
+        size = f"Its {self.shards} shards hold {self.nbytes / 1e9:.0f} GB. " if self.nbytes else ""
+        raise Dsv4Error(f"{what} is not on this machine; looked in {paths.models()} and {paths.hub_cache()}.",
+                        f"{size}If you have it elsewhere, give the path of its folder or .gguf file as MODEL.")
+
+
+def resolve(name: str) -> Entry:
+    """The model that `name` means. Raises UsageError for a name that means nothing, with the nearest names."""
+    known = catalog()
+    alias = name.lower()
+    if alias in known:
+        return _found(known[alias])
+    here = Path(name).expanduser()
+    if here.exists():
+        return _at(here)
+    if _looks_like_path(name):
+        raise UsageError(f"There is no folder or file {name}.", "Give a checkpoint folder or a .gguf file.")
+    if OWNER_REPO.fullmatch(name):
+        named = Entry(name, repo=name, license="")
+        return _found(next((entry for entry in known.values() if entry.repo == name), named))
+    raise UsageError(f"There is no model called {name}.", nearest(name, list(known)))
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """A hint: the names most like `name`, or all of them."""
+    close = get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    if close:
+        return f"Did you mean {' or '.join(close)}?"
+    return f"Known models: {', '.join(known)}. Or give the path of a checkpoint folder or a .gguf file, or owner/repo."
+
+
+@cache
+def catalog() -> dict[str, Entry]:
+    """The known models by name, in the order of catalog.toml, without looking at the disk."""
+    data = tomllib.loads((Path(__file__).parent / "catalog.toml").read_text(encoding="utf-8"))
+    return {name: _entry(name, fields) for name, fields in data.items()}
+
+
+def installed() -> Iterator[Entry]:
+    """The models on this machine that have a name: embedded, in the models folder, or known and in the hub's cache."""
+    listed = set()
+    for entry in map(_found, catalog().values()):
+        if entry.path:
+            listed.add(entry.path)
+            yield entry
+    for manifest in store.manifests():
+        if manifest.path not in listed:
+            yield _of_manifest(manifest)
+
+
+def _entry(name: str, fields: dict[str, Any]) -> Entry:
+    fields = dict(fields)
+    return Entry(name, nbytes=fields.pop("bytes", 0), **fields)
+
+
+def _of_manifest(manifest: store.Manifest) -> Entry:
+    return Entry(manifest.name, manifest.path, manifest.repo, manifest.revision, manifest.release or DEFAULT_RELEASE,
+                 manifest.quant, manifest.license)
+
+
+def _found(entry: Entry) -> Entry:
+    """The entry with its path, if it is here: inside the package, in the models folder, or in the hub's cache."""
+    if entry.bundled:
+        folder = paths.bundled(entry.name)
+        return replace(entry, path=folder if (folder / "config.json").exists() else None)
+    for manifest in store.manifests():
+        if manifest.name == entry.name:
+            return replace(entry, path=manifest.path, revision=manifest.revision or entry.revision)
+    if entry.repo and (snapshot := store.hub_snapshot(entry.repo, entry.revision)):
+        return replace(entry, path=snapshot, revision=store.commit_of(snapshot))
+    return entry
+
+
+def _at(path: Path) -> Entry:
+    """An entry for a folder or file. A published config.json is recognised by its hash, whatever its folder's name."""
+    path = path.resolve()
+    config = path / "config.json"
+    if path.is_dir() and not config.exists():
+        raise UsageError(f"{path} holds no config.json, so it is not a checkpoint folder.",
+                         "Give the folder that holds config.json and the .safetensors files, or a .gguf file.")
+    if path.is_file() and path.suffix != ".gguf":
+        raise UsageError(f"{path} is neither a checkpoint folder nor a .gguf file.", "Give one of the two.")
+    digest = sha256(config.read_bytes()).hexdigest() if config.exists() else None
+    twin = next((entry for entry in catalog().values() if digest and entry.config_sha256 == digest), None)
+    if path == paths.bundled("tiny").resolve():
+        twin = catalog()["tiny"]
+    if twin:
+        return replace(twin, path=path)
+    gguf = path.suffix == ".gguf"
+    return Entry(path.stem if gguf else path.name, path, quant="gguf" if gguf else "official", license="")
+
+
+def _looks_like_path(name: str) -> bool:
+    ends = name.endswith((".gguf", ".safetensors", "/"))
+    return ends or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
