@@ -1,0 +1,57 @@
+"""The two ways to compute: `official`, with the roundings of the reference's caches, and `plain`, without.
+
+Official rounds what its caches hold: K=V to FP8 but for the rotated part, which is bf16; the indexer's keys (and its
+queries), after a Hadamard turn, to FP4. All of these are exact in bf16, so official caches take half the bytes of plain
+ones and lose nothing. Neither rounds the activations of matrix products, and in both the residual streams are float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels.rounding import hadamard, round_fp4, round_fp8
+from dsv4cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """Plain: values pass unchanged and caches are float32."""
+
+    name: str = "plain"
+    cache: torch.dtype = torch.float32
+
+    def kv(self, x: Tensor, rotated: int) -> Tensor:
+        """What the cache keeps of K=V vectors [..., head_dim], whose last `rotated` values are rotated."""
+        return x
+
+    def index(self, x: Tensor) -> Tensor:
+        """What the indexer keeps of keys and compares of queries [..., index_head_dim]."""
+        return x
+
+
+@dataclass(frozen=True)
+class Official(Numerics):
+    """The reference's roundings."""
+
+    name: str = "official"
+    cache: torch.dtype = torch.bfloat16
+
+    def kv(self, x: Tensor, rotated: int) -> Tensor:
+        still, turned = x.split([x.shape[-1] - rotated, rotated], -1)
+        return torch.cat([round_fp8(still), turned.to(torch.bfloat16).to(x.dtype)], -1)
+
+    def index(self, x: Tensor) -> Tensor:
+        return round_fp4(hadamard(x))
+
+
+NUMERICS = {each.name: each for each in (Numerics(), Official())}
+
+
+def numerics_named(name: str) -> Numerics:
+    """Raises UsageError for a name that is neither plain nor official."""
+    if name not in NUMERICS:
+        raise UsageError(f"There are no numerics called {name!r}.", f"Choose one of {', '.join(NUMERICS)}.")
+    return NUMERICS[name]

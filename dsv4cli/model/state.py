@@ -1,0 +1,220 @@
+"""What a timeline leaves behind in every layer, and nothing else: its size is known before the first token.
+
+A layer keeps a ring of the last window's K=V; a compressing layer also the tokens of the group being filled and one
+entry per full group; a layer with an indexer the same again for the index keys. There is room for the entries of
+`capacity` tokens, which doubles on the way to max_tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels import alloc
+from dsv4_kernels.compressor import OVERLAPPING, Pending
+from dsv4_quant.config import ModelConfig
+from dsv4cli.errors import CorruptError, UsageError
+from dsv4cli.model.numerics import Numerics, numerics_named
+
+FIRST_CAPACITY = 1024  # tokens
+
+
+class Ring:
+    """The last `window` K=V vectors; token t lies in slot t mod window."""
+
+    def __init__(self, window: int, width: int, dtype: torch.dtype) -> None:
+        self.rows = alloc.empty((window, width), dtype)
+
+    def push(self, kv: Tensor, position: int) -> Tensor:
+        """Takes kv [t, d] of tokens position .. position + t; returns the keys that these see: up to window - 1 tokens
+        before, then their own, in order (for t = 1 in the ring's order, which a single query does not mind)."""
+        window, t = len(self.rows), len(kv)
+        if t == 1:
+            self.rows[position % window] = kv[0]
+            return self.rows[:min(position + 1, window)]
+        slots = torch.arange(max(0, position - window + 1), position + t) % window
+        recent = torch.cat([self.rows[slots[:-t]], kv.to(self.rows.dtype)])
+        self.rows[slots[-min(t, window):]] = recent[-min(t, window):]
+        return recent
+
+
+class Store:
+    """Entries [capacity, d] that are only ever appended to; the first `count` are filled."""
+
+    def __init__(self, ratio: int, width: int, dtype: torch.dtype) -> None:
+        self.ratio = ratio
+        self.count = 0
+        self.rows = alloc.empty((0, width), dtype)
+
+    def append(self, entries: Tensor) -> None:
+        self.rows[self.count:self.count + len(entries)] = entries
+        self.count += len(entries)
+
+    @property
+    def filled(self) -> Tensor:
+        return self.rows[:self.count]
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for the full groups of so many tokens."""
+        rows = alloc.empty((tokens // self.ratio, self.rows.shape[1]), self.rows.dtype)
+        rows[:self.count] = self.filled
+        self.rows = rows
+
+
+@dataclass
+class Compressed:
+    """A compressor's memory: tokens that wait for their group, and the entries of full groups."""
+
+    pending: Pending
+    store: Store
+
+    @classmethod
+    def fresh(cls, ratio: int, width: int, dtype: torch.dtype) -> Compressed:
+        return cls(Pending.fresh(ratio, width, torch.float32), Store(ratio, width, dtype))
+
+    @property
+    def nbytes(self) -> int:
+        return self.pending.kv.nbytes + self.pending.scores.nbytes + self.store.rows.nbytes
+
+    @staticmethod
+    def bytes_for(ratio: int, width: int, dtype: torch.dtype, tokens: int) -> int:
+        slots, values = Pending.shape(ratio, width)
+        return 2 * slots * values * 4 + tokens // ratio * width * dtype.itemsize
+
+
+@dataclass
+class LayerState:
+    """One layer's memory. `entries` where the layer compresses, `index` where it also has an indexer."""
+
+    ring: Ring
+    entries: Compressed | None
+    index: Compressed | None
+
+    @classmethod
+    def fresh(cls, config: ModelConfig, layer: int, dtype: torch.dtype) -> LayerState:
+        ratio = config.ratio(layer)
+        return cls(Ring(config.sliding_window, config.head_dim, dtype),
+                   Compressed.fresh(ratio, config.head_dim, dtype) if ratio else None,
+                   Compressed.fresh(ratio, config.index_head_dim, dtype) if ratio == OVERLAPPING else None)
+
+    def compressed(self) -> Iterator[tuple[str, Compressed]]:
+        parts = {"entries": self.entries, "index": self.index}
+        yield from ((name, part) for name, part in parts.items() if part is not None)
+
+    def live(self, position: int) -> Iterator[tuple[str, Tensor]]:
+        """Views, by name, of all that matters after `position` tokens."""
+        yield "ring", self.ring.rows[:position]
+        for name, part in self.compressed():
+            yield f"{name}.pending_kv", part.pending.kv
+            yield f"{name}.pending_scores", part.pending.scores
+            yield f"{name}.rows", part.store.rows[:position // part.store.ratio]
+
+    @property
+    def nbytes(self) -> int:
+        return self.ring.rows.nbytes + sum(part.nbytes for _, part in self.compressed())
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a state after `position` tokens, good for State.restore of any state of the same model."""
+
+    position: int
+    contents: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.contents.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything but the position, by name; `from_tensors` is the way back."""
+        return dict(self.contents)
+
+    @classmethod
+    def from_tensors(cls, position: int, tensors: Mapping[str, Tensor]) -> Snapshot:
+        return cls(position, dict(tensors))
+
+
+class State:
+    """The memory of one timeline of at most `max_tokens` tokens; `position` of them have been processed."""
+
+    def __init__(self, config: ModelConfig, max_tokens: int, numerics: Numerics) -> None:
+        self.config = config
+        self.max_tokens = max_tokens
+        self.numerics = numerics
+        self.position = 0
+        self.capacity = 0
+        self.torn = False  # a forward pass was interrupted between two layers
+        self.layers = [LayerState.fresh(config, layer, numerics.cache) for layer in range(config.num_hidden_layers)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now: what bytes_for says for `capacity` tokens."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @staticmethod
+    def bytes_for(config: ModelConfig, tokens: int, numerics: str) -> int:
+        """Bytes of a state with room for so many tokens, without making one."""
+        dtype = numerics_named(numerics).cache
+        total = config.num_hidden_layers * config.sliding_window * config.head_dim * dtype.itemsize
+        for ratio in filter(None, map(config.ratio, range(config.num_hidden_layers))):
+            total += Compressed.bytes_for(ratio, config.head_dim, dtype, tokens)
+            if ratio == OVERLAPPING:
+                total += Compressed.bytes_for(ratio, config.index_head_dim, dtype, tokens)
+        return total
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for so many tokens in all. Raises UsageError when they are more than max_tokens."""
+        if tokens > self.max_tokens:
+            raise UsageError(f"{tokens} tokens do not fit into a state of {self.max_tokens}.",
+                             "Open the model with a larger context, or shorten the prompt.")
+        if tokens > self.capacity:
+            self.capacity = min(self.max_tokens, max(tokens, 2 * self.capacity, FIRST_CAPACITY))
+            for layer in self.layers:
+                for _, part in layer.compressed():
+                    part.store.reserve(self.capacity)
+
+    def snapshot(self) -> Snapshot:
+        """A copy of what the next token depends on. Raises UsageError while the state is torn."""
+        self.demand_whole()
+        return Snapshot(self.position, {name: tensor.clone() for name, tensor in self._live(self.position)})
+
+    @torch.inference_mode()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes (back or forth) to the snapshot's place; what follows is bitwise what followed there.
+
+        Raises CorruptError when the snapshot's tensors are not those of this model at this position, UsageError when
+        the position is beyond max_tokens; the state is then unchanged.
+        """
+        self.reserve(snapshot.position)
+        wanted = dict(self._live(snapshot.position))
+        _demand_same(wanted, snapshot.contents)
+        for name, tensor in wanted.items():
+            tensor.copy_(snapshot.contents[name])
+        for layer in self.layers:
+            for _, part in layer.compressed():
+                part.store.count = snapshot.position // part.store.ratio
+        self.position, self.torn = snapshot.position, False
+
+    def demand_whole(self) -> None:
+        """Raises UsageError when a forward pass over this state did not come to its end."""
+        if self.torn:
+            raise UsageError("This state was left between two layers when its last pass was interrupted.",
+                             "Restore a snapshot or start from a new state.")
+
+    def _live(self, position: int) -> Iterator[tuple[str, Tensor]]:
+        for number, layer in enumerate(self.layers):
+            yield from ((f"layers.{number}.{name}", tensor) for name, tensor in layer.live(position))
+
+
+def _demand_same(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    hint = "The snapshot belongs to another model, other numerics or another version; start anew."
+    for name in sorted(wanted.keys() ^ given.keys()):
+        raise CorruptError(f"The snapshot {'lacks' if name in wanted else 'has an unknown'} tensor {name}.", hint)
+    for name, tensor in wanted.items():
+        other = given[name]
+        if (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
+            raise CorruptError(f"The snapshot's {name} is {other.dtype} {list(other.shape)}, but {tensor.dtype} "
+                               f"{list(tensor.shape)} is needed.", hint)

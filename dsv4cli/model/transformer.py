@@ -1,0 +1,105 @@
+"""DeepSeek-V4: embed, spread over the streams, layers, merge the streams, norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels.hyper import HyperSettings, merge_streams
+from dsv4_kernels.linear import embed, linear
+from dsv4_kernels.norm_rope import rms_norm
+from dsv4_quant.config import ModelConfig
+from dsv4_quant.files import Source
+from dsv4cli.errors import UsageError
+from dsv4cli.model.block import Block
+from dsv4cli.model.numerics import Numerics, numerics_named
+from dsv4cli.model.state import State
+from dsv4cli.model.step import Rope, Step
+from dsv4cli.model.weights import ModelWeights, bind
+
+EXPAND_LIMIT = 512_000_000  # bytes of float32 weights; a model below it is decoded once, when it is bound
+PIECE = 1024  # tokens that pass through all layers together; bounds the memory of a prompt of any length
+
+Logits = Literal["last", "all", "none"]
+
+
+class Model:
+    """The trunk with its weights. Immutable; what changes with the tokens is in a State."""
+
+    def __init__(self, weights: ModelWeights, config: ModelConfig, numerics: Numerics) -> None:
+        self.weights = weights
+        self.config = config
+        self.numerics = numerics
+        self.rope = Rope.of(config)
+        self.blocks = [Block(layer, config, number, self.rope, numerics) for number, layer in enumerate(weights.layers)]
+
+    @classmethod
+    def bind(cls, source: Source, *, numerics: str = "official", expand_limit: int = EXPAND_LIMIT) -> Model:
+        """Reads the trunk's weights out of `source`, which must stay open as long as the model lives.
+
+        numerics: "plain" or "official". expand_limit: bytes of float32 weights up to which the model is decoded once.
+        Raises CorruptFile for a missing tensor or a wrong shape, UsageError for unknown numerics.
+        """
+        return cls(bind(source, expand_limit), source.config, numerics_named(numerics))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights as held: packed as in the file, or expanded."""
+        return self.weights.nbytes
+
+    def new_state(self, max_tokens: int) -> State:
+        """An empty timeline with room for max_tokens tokens."""
+        return State(self.config, max_tokens, self.numerics)
+
+    def forward(self, ids: Tensor, state: State, *, logits: Logits = "last") -> Tensor:
+        """Processes ids int64 [t] at positions state.position .. + t, and moves the state behind them.
+
+        -> float32 logits [1, vocab] of the last token, [t, vocab] of all, or [0, vocab] for "none". However the ids are
+        cut into calls, the logits are the same up to float32 rounding. Raises UsageError when the ids do not fit into
+        the state, are empty or outside the vocabulary, or when an earlier call on this state was interrupted.
+        """
+        self._check(ids, state)
+        state.reserve(state.position + len(ids))
+        with torch.inference_mode():
+            rows = list(self._rows(ids.split(PIECE), state, logits))
+        # Joined outside of inference mode, so that the caller may write into its logits.
+        return torch.cat(rows) if rows else torch.zeros(0, self.config.vocab_size)
+
+    def _rows(self, pieces: Sequence[Tensor], state: State, logits: Logits) -> Iterator[Tensor]:
+        """Moves the state over the pieces; yields the logits that were asked for and computes no others."""
+        for number, piece in enumerate(pieces, 1):
+            streams = self._trunk(piece, state)
+            if logits == "all":
+                yield self._head(streams)
+            elif logits == "last" and number == len(pieces):
+                yield self._head(streams[-1:])
+
+    def _trunk(self, ids: Tensor, state: State) -> Tensor:
+        """ids [t] -> streams [t, hc_mult, hidden] after the last layer."""
+        step = Step.at(ids, state.position, self.rope)
+        streams = embed(ids, self.weights.embed).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+        state.torn = True
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            streams = block(streams, step, layer)
+        state.position += len(ids)
+        state.torn = False
+        return streams
+
+    def _head(self, streams: Tensor) -> Tensor:
+        w, c = self.weights, self.config
+        merged = merge_streams(streams, w.hc_head, HyperSettings(c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters))
+        return linear(rms_norm(merged, w.norm, c.rms_norm_eps), w.head)
+
+    def _check(self, ids: Tensor, state: State) -> None:
+        state.demand_whole()
+        if ids.dim() != 1 or len(ids) == 0 or ids.dtype != torch.int64:
+            raise UsageError(f"Token ids must be a non-empty int64 list, not {ids.dtype} {list(ids.shape)}.",
+                             "Give one row of ids.")
+        size = self.config.vocab_size
+        least, most = int(ids.min()), int(ids.max())
+        if least < 0 or most >= size:
+            raise UsageError(f"Token id {least if least < 0 else most} is outside the vocabulary of {size}.",
+                             f"Ids go from 0 to {size - 1}.")

@@ -1,0 +1,43 @@
+"""Attention over a sliding window, compressed entries and a sink, in one softmax (spec/checkpoint.md section 3.7)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dsv4_kernels.backends import pick
+from dsv4_kernels.checks import demand_shape
+
+
+class Entries(NamedTuple):
+    """Compressed entries and who sees them.
+
+    kv [n, d]; visible int64 [t]: token i sees the first visible[i] entries; chosen int64 [t, k]: of these only the
+    chosen (-1: none), or None for all.
+    """
+
+    kv: Tensor
+    visible: Tensor
+    chosen: Tensor | None
+
+
+def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int, *,
+                     backend: str | None = None) -> Tensor:
+    """softmax(q . kv / sqrt(d)) . kv, where each kv vector is key and value of every head.
+
+    q [t, heads, d]; recent [m + t, d]: the m tokens before the first query's and the queries' own, in order; query i
+    sees the last `window` of recent[: m + i + 1] (for t = 1 the order is free). sink [heads] takes part in the
+    denominator alone. kv may be of a narrower float type. -> like q. Keys are scored in tiles of queries.
+    """
+    t, heads, d = q.shape
+    demand_shape("recent", recent, None, d)
+    demand_shape("sink", sink, heads)
+    if len(recent) < t:
+        raise ValueError(f"{t} queries have only {len(recent)} window keys; each must at least see its own")
+    if entries is not None:
+        demand_shape("entries", entries.kv, None, d)
+        demand_shape("visible", entries.visible, t)
+        if entries.chosen is not None:
+            demand_shape("chosen", entries.chosen, t, None)
+    return pick("attention", q.device.type, backend).module.sparse_attention(q, recent, entries, sink, window)

@@ -1,0 +1,67 @@
+"""Which implementation of an operation runs, and why.
+
+An operation is a folder of this package and a backend is a file in it: `ref` (plain torch, everywhere), `cpu`, `gpu`.
+Nothing falls back unseen: a backend that is asked for and cannot run is an error, and every choice carries its reason,
+which `dsv4 doctor` prints.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import NamedTuple
+
+from dsv4_quant.errors import QuantError
+
+OPERATIONS = ("linear", "norm_rope", "rounding", "hyper", "compressor", "indexer", "attention", "router", "moe")
+NATIVE = {"cpu": "cpu", "cuda": "gpu"}  # device type -> the file that is written for it
+BACKENDS = ("ref", *NATIVE.values())
+
+
+class Choice(NamedTuple):
+    """A picked backend: the module that implements the operation, its name, and why it was picked."""
+
+    module: ModuleType
+    name: str
+    reason: str
+
+
+class BackendError(QuantError):
+    """A backend was asked for that does not exist or cannot run here."""
+
+
+@cache
+def pick(op: str, device: str = "cpu", forced: str | None = None) -> Choice:
+    """The backend of operation `op` for tensors on a device of type `device` ("cpu", "cuda").
+
+    forced: the only backend that may run. Raises BackendError when it is unknown, missing for this operation, or
+    written for another type of device; ValueError when there is no such operation.
+    """
+    if op not in OPERATIONS:
+        raise ValueError(f"there is no operation {op!r}; there are {', '.join(OPERATIONS)}")
+    if forced is not None:
+        return _forced(op, device, forced)
+    native = NATIVE.get(device)
+    if native and _exists(op, native):
+        return Choice(_module(op, native), native, f"{native} is written for {device}")
+    return Choice(_module(op, "ref"), "ref", f"{op} has no implementation of its own for {device}")
+
+
+def _forced(op: str, device: str, name: str) -> Choice:
+    if name not in BACKENDS:
+        raise BackendError(f"There is no backend {name!r}.", f"Choose one of {', '.join(BACKENDS)}.")
+    if not _exists(op, name):
+        raise BackendError(f"{op} has no backend {name!r}.", "Choose ref, or leave the choice open.")
+    if name != "ref" and NATIVE.get(device) != name:
+        raise BackendError(f"Backend {name!r} of {op} cannot compute on {device}.", "Choose ref, or move the model.")
+    return Choice(_module(op, name), name, "it was asked for")
+
+
+def _exists(op: str, name: str) -> bool:
+    return find_spec(f"{__package__}.{op}.{name}") is not None
+
+
+def _module(op: str, name: str) -> ModuleType:
+    return import_module(f"{__package__}.{op}.{name}")

@@ -1,0 +1,26 @@
+"""What every door asks of its arguments: one sentence with the numbers when a shape does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dsv4_quant.formats import Packed
+
+
+def demand_shape(name: str, x: Tensor | Packed, *expected: int | None) -> None:
+    """Raises ValueError unless x has these sizes; None stands for any size."""
+    shape = tuple(x.shape)
+    if len(shape) != len(expected) or any(want not in (None, have) for want, have in zip(expected, shape, strict=True)):
+        raise ValueError(f"{name} has shape {list(shape)}, but {_spelled(expected)} was expected")
+
+
+def demand_multiple(name: str, size: int, of: int) -> None:
+    """Raises ValueError unless `size` is a positive multiple of `of`."""
+    if size <= 0 or size % of:
+        raise ValueError(f"{name} is {size}, but must be a positive multiple of {of}")
+
+
+def _spelled(expected: Sequence[int | None]) -> str:
+    return "[" + ", ".join("any" if size is None else str(size) for size in expected) + "]"

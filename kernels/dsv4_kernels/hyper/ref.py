@@ -1,0 +1,48 @@
+"""Hyper-connections in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dsv4_kernels.hyper import HyperSettings, Mixer
+
+
+def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> tuple[Tensor, Tensor, Tensor]:
+    s = streams.shape[1]
+    sizes = [s, s, s * s]  # the ways in, out and across
+    mixes = _mixes(streams, mixer, settings) * mixer.scale.repeat_interleave(torch.tensor(sizes)) + mixer.base
+    to_sublayer, to_streams, across = mixes.split(sizes, -1)
+    pre = to_sublayer.sigmoid() + settings.eps
+    post = 2 * to_streams.sigmoid()
+    return _weighted(pre, streams), post, sinkhorn(across.unflatten(-1, (s, s)), settings)
+
+
+def spread_streams(out: Tensor, streams: Tensor, post: Tensor, across: Tensor) -> Tensor:
+    return torch.baddbmm(post.unsqueeze(2) * out.unsqueeze(1), across.transpose(1, 2), streams)
+
+
+def merge_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> Tensor:
+    mixes = _mixes(streams, mixer, settings) * mixer.scale + mixer.base
+    return _weighted(mixes.sigmoid() + settings.eps, streams)
+
+
+def sinkhorn(logits: Tensor, settings: HyperSettings) -> Tensor:
+    """logits [t, s, s] -> almost doubly stochastic: softmax of rows, then columns and rows in turn, columns last."""
+    matrix = logits.softmax(-1).add_(settings.eps)
+    matrix /= matrix.sum(-2, keepdim=True).add_(settings.eps)
+    for _ in range(settings.rounds - 1):
+        matrix /= matrix.sum(-1, keepdim=True).add_(settings.eps)
+        matrix /= matrix.sum(-2, keepdim=True).add_(settings.eps)
+    return matrix
+
+
+def _mixes(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> Tensor:
+    """fn times the root-mean-square-normed streams; the norm is one factor per token, so it is applied afterwards."""
+    flat = streams.flatten(1)
+    return functional.linear(flat, mixer.fn) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + settings.norm_eps)
+
+
+def _weighted(shares: Tensor, streams: Tensor) -> Tensor:
+    return torch.bmm(shares.unsqueeze(1), streams).squeeze(1)

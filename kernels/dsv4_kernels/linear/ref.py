@@ -1,0 +1,27 @@
+"""Dequantise, then multiply: the truth that every faster matrix product is measured against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dsv4_quant.formats import Packed
+
+
+def linear(x: Tensor, weight: Packed | Tensor) -> Tensor:
+    return functional.linear(x, _expanded(weight, x))
+
+
+def grouped_linear(x: Tensor, weight: Packed | Tensor) -> Tensor:
+    matrices = _expanded(weight, x).unflatten(0, (x.shape[1], -1))  # [groups, out, in]
+    return torch.einsum("tgi,goi->tgo", x, matrices)
+
+
+def embed(ids: Tensor, table: Packed | Tensor) -> Tensor:
+    return table.rows(ids) if isinstance(table, Packed) else table[ids]
+
+
+def _expanded(weight: Packed | Tensor, x: Tensor) -> Tensor:
+    matrix = weight.float() if isinstance(weight, Packed) else weight
+    return matrix.to(x.dtype)

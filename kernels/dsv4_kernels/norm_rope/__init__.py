@@ -1,0 +1,52 @@
+"""RMS normalisation and rotary positions (spec/checkpoint.md sections 3.3 and 3.4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dsv4_kernels.backends import pick
+from dsv4_kernels.checks import demand_multiple, demand_shape
+
+
+class Yarn(NamedTuple):
+    """How frequencies are stretched beyond the trained context. V4 has no attention-magnitude factor."""
+
+    factor: float
+    original_positions: int
+    beta_fast: float
+    beta_slow: float
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str | None = None) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis, times weight [d] unless it is None (as for heads of queries)."""
+    if weight is not None:
+        demand_shape("norm weight", weight, x.shape[-1])
+    return pick("norm_rope", x.device.type, backend).module.rms_norm(x, weight, eps)
+
+
+def frequencies(dims: int, theta: float, yarn: Yarn | None = None) -> Tensor:
+    """Radians per position of adjacent pairs, float32 [dims / 2]; stretched by `yarn` where the layer compresses."""
+    demand_multiple("rotated dims", dims, 2)
+    return pick("norm_rope").module.frequencies(dims, theta, yarn)
+
+
+def turns(positions: Tensor, freqs: Tensor) -> Tensor:
+    """exp(i * position * frequency): positions [t], freqs float32 [pairs] -> complex64 [t, pairs].
+
+    The angle is the float32 product of float32 factors, as in the reference, also where that costs it accuracy.
+    """
+    demand_shape("positions", positions, None)
+    return pick("norm_rope", positions.device.type).module.turns(positions, freqs)
+
+
+def rotate(x: Tensor, turns: Tensor, *, inverse: bool = False, backend: str | None = None) -> Tensor:
+    """Turns the last 2 * pairs values of each row: x [t, ..., d], turns complex [t, pairs] -> a new tensor like x.
+
+    Adjacent values (2j, 2j + 1) are one complex number. `inverse` turns back. Raises ValueError when d < 2 * pairs.
+    """
+    demand_shape("turns", turns, x.shape[0], None)
+    if x.shape[-1] < 2 * turns.shape[-1]:
+        raise ValueError(f"x has {x.shape[-1]} values per row, fewer than the {2 * turns.shape[-1]} to rotate")
+    return pick("norm_rope", x.device.type, backend).module.rotate(x, turns, inverse)

@@ -1,0 +1,43 @@
+"""What the reference's caches do to their values: FP8 and FP4 rounding, and the Hadamard turn before FP4.
+
+After rounding, every value is a code of 8 or 4 bits times a power of two, so a packed cache holds it without loss
+(spec/checkpoint.md sections 3.1 and 3.14). Scales come from the bits of float32 numbers and are exact powers of two.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dsv4_kernels.backends import pick
+from dsv4_kernels.checks import demand_multiple
+
+
+def round_fp8(x: Tensor, block: int = 64, *, backend: str | None = None) -> Tensor:
+    """Each block of the last axis rounded to E4M3 with one power-of-two scale. x [..., n * block] -> like x.
+
+    Ties go to the even code. Raises ValueError when the last axis is not a multiple of the block.
+    """
+    demand_multiple("last axis", x.shape[-1], block)
+    return pick("rounding", x.device.type, backend).module.round_fp8(x, block)
+
+
+def round_fp4(x: Tensor, block: int = 32, *, backend: str | None = None) -> Tensor:
+    """Each block of the last axis rounded to E2M1 (0 .5 1 1.5 2 3 4 6), one power-of-two scale; ties to even codes."""
+    demand_multiple("last axis", x.shape[-1], block)
+    return pick("rounding", x.device.type, backend).module.round_fp4(x, block)
+
+
+def scale_exponents(amax: Tensor, largest: float, least: float) -> Tensor:
+    """log2 of the scale that rounding gives blocks with these greatest magnitudes: int64, like amax.
+
+    largest: the format's greatest code (448 for E4M3, 6 for E2M1); least: the smallest amax that counts.
+    """
+    return pick("rounding", amax.device.type).module.power_of_two_scale(amax, largest, least).log2().round().long()
+
+
+def hadamard(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """x times the orthonormal Sylvester-Hadamard matrix of its last axis, whose size must be a power of two."""
+    size = x.shape[-1]
+    if size < 1 or size & (size - 1):
+        raise ValueError(f"last axis is {size}, but must be a power of two")
+    return pick("rounding", x.device.type, backend).module.hadamard(x)

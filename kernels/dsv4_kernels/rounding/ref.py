@@ -1,0 +1,49 @@
+"""FP8 and FP4 rounding by float32 bits, and the Hadamard product, in plain torch."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+FP8_MAX, FP8_LEAST = 448.0, 1e-4
+FP4_MAX, FP4_LEAST = 6.0, 6.0 * 2.0 ** -126
+EXPONENT = 0x7F800000  # the exponent field of a float32
+MANTISSA = 0x007FFFFF
+
+
+def power_of_two_scale(amax: Tensor, largest: float, least: float) -> Tensor:
+    """2^ceil(log2(amax / largest)), float32: a full mantissa, added, carries into the exponent unless it meets zero."""
+    ratio = amax.to(torch.float32).clamp(min=least) * (1 / largest)
+    return ((ratio.view(torch.int32) + MANTISSA) & EXPONENT).view(torch.float32)
+
+
+def round_fp8(x: Tensor, block: int) -> Tensor:
+    blocks = x.unflatten(-1, (-1, block))
+    scale = power_of_two_scale(blocks.abs().amax(-1, keepdim=True), FP8_MAX, FP8_LEAST)
+    codes = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return (codes.to(x.dtype) * scale).flatten(-2)
+
+
+def round_fp4(x: Tensor, block: int) -> Tensor:
+    blocks = x.unflatten(-1, (-1, block))
+    scale = power_of_two_scale(blocks.abs().amax(-1, keepdim=True), FP4_MAX, FP4_LEAST)
+    values = (blocks / scale).clamp(-FP4_MAX, FP4_MAX)
+    # Codes are 0.5 apart below 2, then 1, then 2. Ties that go to an even multiple of the step also go to an even code.
+    magnitude = values.abs().to(torch.float32).clamp(min=1)
+    step = (magnitude.view(torch.int32) & EXPONENT).view(torch.float32) / 2
+    return ((values / step).round() * step * scale).flatten(-2)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    return x @ _sylvester(x.shape[-1], x.dtype, x.device)
+
+
+@lru_cache(maxsize=8)
+def _sylvester(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        matrix = torch.ones(1, 1, dtype=dtype, device=device)
+        while len(matrix) < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+        return matrix * size ** -0.5
