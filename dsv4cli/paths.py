@@ -7,7 +7,7 @@
     DSV4_SESSIONS   saved conversations and the input history
 
 Without them the platform's own places are used (XDG on Linux). The Hugging Face hub's cache is only read, and found as
-the hub finds it: HF_HUB_CACHE, then HF_HOME/hub, then XDG_CACHE_HOME/huggingface/hub. Functions, not constants: a test or
+the hub finds it: HF_HUB_CACHE, HF_HOME/hub, XDG_CACHE_HOME/huggingface/hub. Functions, not constants: a test or
 an embedding program may change the environment.
 """
 

@@ -74,7 +74,7 @@ def resolve(name: str) -> Entry:
     if alias in known:
         return _found(known[alias])
     here = Path(name).expanduser()
-    if here.exists():
+    if _exists(here):
         return _at(here)
     if _looks_like_path(name):
         raise UsageError(f"There is no folder or file {name}.", "Give a checkpoint folder or a .gguf file.")
@@ -82,6 +82,16 @@ def resolve(name: str) -> Entry:
         named = Entry(name, repo=name, license="")
         return _found(next((entry for entry in known.values() if entry.repo == name), named))
     raise UsageError(f"There is no model called {name}.", nearest(name, list(known)))
+
+
+def names_model(word: str) -> bool:
+    """Whether `word` surely means a model: a known name, a checkpoint or .gguf on the disk, a repo in the cache."""
+    here = Path(word).expanduser()
+    try:
+        on_disk = (here / "config.json").exists() or (here.suffix == ".gguf" and here.exists())
+        return on_disk or word.lower() in catalog() or bool(OWNER_REPO.fullmatch(word) and store.hub_snapshot(word))
+    except (OSError, ValueError):  # a long prompt is no file name
+        return False
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -151,6 +161,13 @@ def _at(path: Path) -> Entry:
         return replace(twin, path=path)
     gguf = path.suffix == ".gguf"
     return Entry(path.stem if gguf else path.name, path, quant="gguf" if gguf else "official", license="")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # longer than a file name may be, or with a zero byte
+        return False
 
 
 def _looks_like_path(name: str) -> bool:

@@ -1,0 +1,113 @@
+"""The program's front: the table of commands, the global options, and the one `try` that turns errors into sentences.
+
+Exit codes: 0 done, 1 failed, 2 wrong use, 3 not enough memory or disk, 4 a file incomplete or corrupt, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Annotated
+
+import typer
+
+from dsv4_quant.errors import QuantError
+from dsv4cli import __version__, console
+from dsv4cli.commands import chat, doctor, evaluate, run, show
+from dsv4cli.commands.list import list_models
+from dsv4cli.errors import Dsv4Error
+
+HELP = """Run DeepSeek-V4 on your own machine.
+
+MODEL is a name (dsv4 list shows them), a checkpoint folder, a .gguf file, or owner/repo."""
+
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
+                  context_settings={"help_option_names": ["-h", "--help"]})
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "chat": chat.chat,
+    "run": run.run,
+    "list": list_models,
+    "show": show.show,
+    "doctor": doctor.doctor,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+app.command("ls", hidden=True)(list_models)
+app.add_typer(evaluate.app, name="eval")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"dsv4 {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[bool, typer.Option(
+        "--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option(
+        "--debug", help="Show the traceback of an error. May stand after the command too.")] = False,
+) -> None:
+    """The help above belongs to the program; --debug is taken out by `main` wherever it stands."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and leaves with its exit code."""
+    given, debug = _without_debug(list(sys.argv[1:] if arguments is None else arguments))
+    try:
+        code = app(given, prog_name="dsv4", standalone_mode=False)
+        sys.stdout.flush()
+    except BaseException as error:
+        if debug and not isinstance(error, SystemExit):
+            traceback.print_exc()
+        code = explain(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def explain(error: BaseException) -> int:
+    """Says on stderr what went wrong and what to do, and returns the exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        console.report("Interrupted.")
+        return 130
+    if isinstance(error, (Dsv4Error, QuantError)):
+        console.report(error.message, error.hint)
+        return error.exit_code
+    if isinstance(error, typer.TyperException):  # an option, argument or command that is not there
+        console.report(*_misused(error))
+        return 2
+    if isinstance(error, BrokenPipeError):  # the reader left (`| head`): nothing to say, now or when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; it is not imported here
+        console.report(f"There is not enough memory: {error}.", "Choose a smaller --ctx or a smaller model.")
+        return 3
+    if isinstance(error, OSError):
+        console.report(f"{error}.", "Check the path, its permissions and the room on its disk.")
+        return 3 if error.errno == errno.ENOSPC else 1
+    console.report(f"Something unexpected happened: {type(error).__name__}: {error}",
+                   "Run it again with --debug and report what it prints.")
+    return 1
+
+
+def _misused(error: typer.TyperException) -> tuple[str, str]:
+    """Typer's complaint as a sentence, and the nearest names it found as the hint."""
+    sentence, _, guess = error.format_message().partition(" Did you mean ")
+    options = getattr(error, "possibilities", None)
+    if options:
+        sentence, guess = error.message, " or ".join(sorted(options))
+    general = "dsv4 --help lists the commands, dsv4 COMMAND --help the options."
+    return f"{sentence.rstrip('.')}.", f"Did you mean {guess.rstrip('.?')}?" if guess else general
+
+
+def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:
+    """The arguments without --debug, which counts wherever it stands before a "--"."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    kept = [argument for argument in arguments[:end] if argument != "--debug"]
+    return kept + arguments[end:], len(kept) < end or bool(os.environ.get("DSV4_DEBUG"))

@@ -1,0 +1,72 @@
+"""`dsv4 doctor`: what this machine has, where things lie, which settings are in force, what computes and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dsv4cli import console, settings
+from dsv4cli.commands.options import Json
+
+Section = dict[str, Any]
+
+
+def doctor(json: Json = False) -> None:
+    """Describe this machine and this installation, for yourself or for a report."""
+    from dsv4cli.commands import machine
+
+    sections: dict[str, Section] = {
+        "versions": machine.versions(),
+        "cpu": machine.cpu(),
+        "memory": machine.memory(),
+        "gpu": machine.gpu(),
+        "paths": machine.places(),
+        "settings": in_force(),
+        "backends": backends(),
+    }
+    if json:
+        console.print_json(sections)
+        return
+    for title, section in sections.items():
+        console.out().print(f"[name]{title}[/]")
+        console.pairs([(name, _in_words(value)) for name, value in section.items()], indent="  ")
+        console.out().print()
+
+
+def in_force() -> Section:
+    """Every setting with its value and origin; None where the engine's own default applies."""
+    chosen = settings.load()
+    return {name: {"value": chosen[name], "origin": chosen.origin(name)} for name in chosen}
+
+
+def backends() -> Section:
+    """Per operation and kind of device: which implementation runs, and why."""
+    import torch
+
+    from dsv4_kernels import backends as kernels
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    return {f"{op} on {device}": {"backend": choice.name, "reason": choice.reason}
+            for device in devices for op in kernels.OPERATIONS for choice in [kernels.pick(op, device)]}
+
+
+def _in_words(value: Any) -> str:
+    from dsv4cli.engine.memory import in_bytes
+
+    match value:
+        case {"value": found, "origin": origin}:
+            return f"{'the engine decides' if found is None else _word(found)}  ({origin})"
+        case {"backend": name, "reason": reason}:
+            return f"{name}: {reason}"
+        case {"path": path, "free": free}:
+            return f"{path}  ({in_bytes(free)} free)"
+        case {"bytes": size}:
+            return "unknown" if size is None else in_bytes(size)
+    return _word(value)
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return "unknown" if value is None else str(value)

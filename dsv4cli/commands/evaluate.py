@@ -1,0 +1,93 @@
+"""`dsv4 eval`: numbers about a model, to compare it with others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dsv4cli import console
+from dsv4cli.commands.options import OPENING, Json, Model, with_settings
+from dsv4cli.errors import UsageError
+from dsv4cli.settings import Settings
+
+app = typer.Typer(help="Compute logits and perplexity, to compare models and runners.", no_args_is_help=True)
+STDIN = "-"
+
+
+@app.command("logits")
+@with_settings(*OPENING, "quiet")
+def logits(
+    model: Model,
+    ids: Annotated[str, typer.Option(metavar="FILE", help="Token ids separated by blanks; - is stdin.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.npy", help="Where to write float32 logits [tokens, vocab].")],
+    *,
+    chosen: Settings,
+) -> None:
+    """Write the logits after each of the given token ids."""
+    tokens = ids_of(text_of(ids), ids)
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"There is no folder {out.absolute().parent} for {out.name}.",
+                         "Create it, or choose another --out.")
+    from dsv4cli.commands.opening import open_engine
+    from dsv4cli.engine import evaluate
+
+    engine = open_engine(model, chosen)
+    with console.progress(chosen["quiet"]) as report:
+        evaluate.write_logits(engine, tokens, out, progress=report)
+    if not chosen["quiet"]:
+        console.note(f"{out}: float32 [{len(tokens)}, {engine.config.vocab_size}]")
+
+
+@app.command("ppl")
+@with_settings(*OPENING, "quiet")
+def ppl(
+    model: Model,
+    text: Annotated[str, typer.Option(metavar="FILE", help="Text in UTF-8; - is stdin.")],
+    json: Json = False,
+    *,
+    chosen: Settings,
+) -> None:
+    """Measure the perplexity over a text, in windows of --ctx tokens (2048 unless given)."""
+    words = text_of(text)
+    from dsv4cli.commands.opening import open_engine
+    from dsv4cli.engine import evaluate
+
+    engine = open_engine(model, chosen)
+    tokens = engine.tokenizer.encode_text(words)
+    window = chosen["ctx"] or min(2048, engine.ctx)
+    with console.progress(chosen["quiet"]) as report:
+        found = evaluate.perplexity(engine, tokens, window=window, progress=report)
+    if json:
+        console.print_json({"model": engine.name, "perplexity": found.value, "nll": found.nll, "error": found.error,
+                            "tokens": found.tokens, "window": window})
+    else:
+        print(f"perplexity {found.value:.4f} (nll {found.nll:.4f} ± {found.error:.4f} nats over {found.tokens} tokens, "
+              f"window {window})")
+
+
+def ids_of(text: str, where: str) -> list[int]:
+    """Ids separated by blanks. Raises UsageError naming the word that is none."""
+    found = []
+    for number, word in enumerate(text.split(), 1):
+        if not (word.isascii() and word.isdigit()):
+            raise UsageError(f"{where} holds {word[:40]!r} as its word {number}, which is not a token id.",
+                             "Write whole numbers separated by blanks.")
+        found.append(int(word))
+    if not found:
+        raise UsageError(f"{where} holds no token ids.", "Write whole numbers separated by blanks.")
+    return found
+
+
+def text_of(name: str) -> str:
+    """The text of a file or, for "-", of stdin. Raises UsageError if it cannot be read or is not UTF-8."""
+    if name == STDIN:
+        return console.stdin_text()
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        byte = f"byte {error.object[error.start]:#04x} at offset {error.start}"
+        raise UsageError(f"{name} is not valid UTF-8: {byte}.", "Convert it, as with iconv -t UTF-8.") from None
+    except OSError as error:
+        raise UsageError(f"{name} cannot be read: {error.strerror or error}.", "Check its path.") from None

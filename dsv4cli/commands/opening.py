@@ -1,0 +1,49 @@
+"""Opening a model for a command: the engine of the chosen settings, and the facts that the header shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dsv4cli.commands.options import OPENING
+from dsv4cli.registry import catalog
+from dsv4cli.settings import Settings
+
+if TYPE_CHECKING:
+    from dsv4cli.engine import Engine
+
+
+def open_engine(model: str, chosen: Settings) -> Engine:
+    """Opens `model`; what nobody chose is left to the engine. Here torch is imported, after the name was found good."""
+    catalog.resolve(model).located()
+    from dsv4cli.engine import Engine
+
+    return Engine.open(model, **chosen.chosen(*OPENING))
+
+
+def facts(engine: Engine, chosen: Settings) -> list[tuple[str, str]]:
+    """What a user wants to know before the first question, as names and values."""
+    from dsv4cli.engine.memory import in_bytes
+
+    plan = engine.plan
+    available = f" of {in_bytes(plan.available)} available" if plan.available is not None else ""
+    return [
+        ("model", engine.name),
+        ("release", engine.release),
+        ("context", f"{plan.context:,} tokens"),
+        ("memory", f"{in_bytes(plan.needed)}{available}: {plan.parts()}"),
+        ("numerics", engine.model.numerics),
+        ("backend", backends(engine)),
+    ]
+
+
+def backends(engine: Any) -> str:
+    """Which implementation computes, in a few words: one name when all operations share it."""
+    from dsv4_kernels import backends as kernels
+
+    device = "cpu"
+    names: dict[str, list[str]] = {}
+    for op in kernels.OPERATIONS:
+        names.setdefault(kernels.pick(op, device).name, []).append(op)
+    if len(names) == 1:
+        return f"{next(iter(names))} on {device}"
+    return ", ".join(f"{name} ({', '.join(ops)})" for name, ops in names.items()) + f" on {device}"

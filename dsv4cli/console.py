@@ -1,0 +1,142 @@
+"""The two consoles: `out` for what was asked for (answers, tables, JSON), `err` for everything said about it.
+
+Without a terminal, or with NO_COLOR, both write plain text: no escape sequence of any kind. rich is imported on first
+use, because the help has to be faster than that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any, TextIO
+
+from dsv4cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def out() -> Console:
+    return _console(sys.stdout)
+
+
+def err() -> Console:
+    return _console(sys.stderr)
+
+
+@cache
+def _console(stream: TextIO) -> Console:
+    from rich.console import Console
+    from rich.theme import Theme
+
+    theme = Theme({"thought": "dim", "hint": "cyan", "error": "bold red", "note": "dim", "name": "bold"})
+    plain = {} if coloured(stream) else {"color_system": None, "force_terminal": False}
+    return Console(file=stream, theme=theme, highlight=False, soft_wrap=not stream.isatty(), **plain)  # type: ignore[arg-type]
+
+
+def coloured(stream: TextIO) -> bool:
+    """Whether escape sequences may be written there."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def visible(text: str) -> str:
+    """The text with control characters made visible: what a model writes must not steer the terminal."""
+    return text.translate(_CONTROLS)
+
+
+_CONTROLS = {code: chr(0x2400 + code) for code in range(0x20) if code not in (0x09, 0x0A)}
+_CONTROLS |= dict.fromkeys(range(0x80, 0xA0), "\ufffd") | {0x7F: "\u2421"}
+
+
+def report(message: str, hint: str = "") -> None:
+    """Prints an error and what to do about it, in two lines."""
+    err().print(f"[error]error:[/] {_escaped(message)}")
+    if hint:
+        err().print(f"[hint]hint:[/] {_escaped(hint)}")
+
+
+def note(text: str) -> None:
+    err().print(_escaped(text), style="note")
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout; what JSON has no word for (paths) is written as text."""
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def print_json_line(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """Columns on stdout, a heading each; `right` has the columns of numbers. The last column is never cut."""
+    from rich.table import Table
+
+    columns = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    for index, heading in enumerate(headings):
+        columns.add_column(heading, justify="right" if index in right else "left", no_wrap=index < len(headings) - 1,
+                           overflow="fold")
+    for row in rows:
+        columns.add_row(*map(_escaped, row))
+    out().print(columns, soft_wrap=False, width=None if sys.stdout.isatty() else _width(headings, rows))
+
+
+def pairs(rows: Sequence[tuple[str, str]], indent: str = "") -> None:
+    """Names and values on stdout, aligned."""
+    wide = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        out().print(f"{indent}[name]{_escaped(name.ljust(wide))}[/]  {_escaped(value)}", soft_wrap=True)
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on stderr for (done, all); None, so that nobody reports, when it would disturb."""
+    if quiet or not coloured(sys.stderr):
+        yield None
+        return
+    from rich.progress import Progress
+
+    with Progress(console=err(), transient=True) as bar:
+        task = bar.add_task("computing", total=None)
+        yield lambda done, whole: bar.update(task, completed=done, total=whole)
+
+
+def stdin_lines() -> Iterator[str]:
+    """The lines of stdin without their ends, as they arrive. Raises UsageError for bytes that are not UTF-8."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        yield _decoded(line, f"line {number} of stdin").rstrip("\r\n")
+
+
+def stdin_text() -> str:
+    """All of stdin, "" if it is a terminal. Raises UsageError (exit 2) for bytes that are not UTF-8."""
+    return "" if sys.stdin is None or sys.stdin.isatty() else _decoded(sys.stdin.buffer.read(), "stdin")
+
+
+def demand_text(text: str, where: str) -> str:
+    """The text itself. Raises UsageError for an argument that was not UTF-8 (Python smuggles it as surrogates)."""
+    return _decoded(text.encode("utf-8", "surrogateescape"), where)
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{where} is not valid UTF-8: byte {data[error.start]:#04x} at offset {error.start}.",
+                         "Convert it first, for example with iconv -t UTF-8.") from None
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _width(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Wide enough for every cell: a reader that is a program wants no wrapped lines."""
+    from rich.cells import cell_len
+
+    return sum(max(cell_len(line[index]) for line in (headings, *rows)) + 3 for index in range(len(headings)))
