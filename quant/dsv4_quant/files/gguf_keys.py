@@ -1,0 +1,93 @@
+"""A GGUF's keys as the official config.json would say it (spec/checkpoint.md sections 5.1 and 5.5).
+
+llama.cpp and antirez/ds4 write the same keys with small differences: number types, scalars or arrays, and a vocab_size that only
+ds4 has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dsv4_quant.errors import CorruptFile, UnsupportedModel
+
+ARCHITECTURE = "deepseek4"
+# config.json key -> GGUF key behind "deepseek4."; a tuple adds the value that stands for a missing key.
+KEYS: dict[str, str | tuple[str, Any]] = {
+    "hidden_size": "embedding_length",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_hash_layers": "hash_layer_count",
+    "num_attention_heads": "attention.head_count",
+    "head_dim": ("attention.key_length", 512),
+    "qk_rope_head_dim": ("rope.dimension_count", 64),
+    "q_lora_rank": "attention.q_lora_rank",
+    "o_groups": "attention.output_group_count",
+    "o_lora_rank": "attention.output_lora_rank",
+    "n_routed_experts": "expert_count",
+    "n_shared_experts": ("expert_shared_count", 1),
+    "num_experts_per_tok": "expert_used_count",
+    "routed_scaling_factor": "expert_weights_scale",
+    "swiglu_limit": "swiglu_clamp_exp",
+    "sliding_window": "attention.sliding_window",
+    "rope_theta": ("rope.freq_base", 10000.0),
+    "compress_rope_theta": "attention.compress_rope_freq_base",
+    "max_position_embeddings": "context_length",
+    "hc_mult": "hyper_connection.count",
+    "hc_sinkhorn_iters": "hyper_connection.sinkhorn_iterations",
+    "hc_eps": "hyper_connection.epsilon",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "index_n_heads": "attention.indexer.head_count",
+    "index_head_dim": "attention.indexer.key_length",
+    "index_topk": "attention.indexer.top_k",
+}
+ROPE = {
+    "factor": ("rope.scaling.factor", 16.0),
+    "original_max_position_embeddings": ("rope.scaling.original_context_length", 65536),
+    "beta_fast": ("rope.scaling.yarn_beta_fast", 32.0),
+    "beta_slow": ("rope.scaling.yarn_beta_slow", 1.0),
+}
+
+
+def config_dict(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str) -> dict[str, Any]:
+    """The official configuration of a GGUF. Raises UnsupportedModel and, for a missing key, CorruptFile."""
+    architecture = metadata.get("general.architecture")
+    if architecture != ARCHITECTURE:
+        raise UnsupportedModel(
+            f"{origin} holds a {architecture!r} model, not DeepSeek-V4 ({ARCHITECTURE!r}).",
+            "DeepSeek-V4.1 is not supported yet." if architecture == "deepseek41" else "dsv4 runs DeepSeek-V4 only.",
+        )
+    reader = _Keys(metadata, origin)
+    config = {ours: _scalar(reader(theirs)) for ours, theirs in KEYS.items()}
+    config["rope_scaling"] = {ours: reader(theirs) for ours, theirs in ROPE.items()}
+    embedding = shapes.get("token_embd.weight")
+    config["vocab_size"] = embedding[0] if embedding else reader("vocab_size")
+    config["compress_ratios"] = list(reader("attention.compress_ratios"))
+    config["model_type"] = "deepseek_v4"
+    config["architectures"] = ["DeepseekV4ForCausalLM"]
+    stages = int(_scalar(reader(("nextn_predict_layers", 0))))
+    config["num_hidden_layers"] = (
+        int(config["num_hidden_layers"]) - stages
+    )  # an --mtp export counts its block as a layer
+    for ours, key in (("bos_token_id", "tokenizer.ggml.bos_token_id"), ("eos_token_id", "tokenizer.ggml.eos_token_id")):
+        if key in metadata:
+            config[ours] = metadata[key]
+    return config
+
+
+class _Keys:
+    def __init__(self, metadata: Mapping[str, Any], origin: str) -> None:
+        self.metadata, self.origin = metadata, origin
+
+    def __call__(self, wanted: str | tuple[str, Any]) -> Any:
+        key = f"{ARCHITECTURE}.{wanted if isinstance(wanted, str) else wanted[0]}"
+        if key in self.metadata:
+            return self.metadata[key]
+        if isinstance(wanted, tuple):
+            return wanted[1]
+        raise CorruptFile(f"{self.origin} has no key {key}.", "Convert the model again with a current converter.")
+
+
+def _scalar(value: Any) -> Any:
+    """A key that may be written once or once a layer."""
+    return value[0] if isinstance(value, list) and value else value

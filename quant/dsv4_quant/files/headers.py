@@ -1,0 +1,117 @@
+"""A model's header: configuration and list of tensors, read without torch and trusted in nothing.
+
+Shapes and offsets come from whoever made the file, so each is checked against the file before anybody uses it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv4_quant import schema
+from dsv4_quant.config import ModelConfig
+from dsv4_quant.errors import CorruptFile
+from dsv4_quant.files import gguf_header, gguf_keys, safetensors_header
+from dsv4_quant.files.info import TensorInfo
+
+__all__ = ["Header", "TensorInfo", "read_header"]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a model before a weight is read. `tensors` has official names, or a GGUF's own names and shapes
+    (outermost first)."""
+
+    path: Path
+    layout: str
+    config: ModelConfig
+    raw_config: dict[str, Any]
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    unexpected: list[str]
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def read_header(path: str | Path) -> Header:
+    """Reads the header of a checkpoint folder or a GGUF file. Raises CorruptFile and UnsupportedModel."""
+    path = Path(path)
+    if path.is_dir():
+        return _official(path)
+    if not path.is_file():
+        raise CorruptFile(f"{path} does not exist.", "Give a checkpoint folder or a .gguf file.")
+    return _gguf(path)
+
+
+def _official(folder: Path) -> Header:
+    raw = _json(folder / "config.json")
+    config = ModelConfig.from_dict(raw, str(folder / "config.json"))
+    found: dict[str, TensorInfo] = {}
+    for shard in _shards(folder):
+        for name, info in safetensors_header.read(shard).items():
+            name = schema.normalise(name)
+            if name in found:
+                raise CorruptFile(
+                    f"{name} is in both {found[name].file.name} and {shard.name}.", "Remove the stray file."
+                )
+            found[name] = info
+    unexpected = schema.check_official(found, config, str(folder))
+    return Header(folder, "official", config, raw, {}, found, unexpected)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The safetensors files that make the model: those of the index or, without one, all there are."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        shards = sorted(folder.glob("*.safetensors"))
+        if not shards:
+            raise CorruptFile(f"{folder} has no .safetensors file.", "Give the folder of a downloaded checkpoint.")
+        return shards
+    names = _json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CorruptFile(f"{index} has no weight_map.", "Get the index again.")
+    shards = [folder / name for name in sorted(set(names.values()))]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CorruptFile(f"{folder} lacks {missing[0]}{more} of {len(shards)} shards.", "Complete the download.")
+    return shards
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CorruptFile(f"{path} does not exist.", "Give the folder of a downloaded checkpoint.") from None
+    except (OSError, ValueError) as error:
+        raise CorruptFile(f"{path} is not readable JSON: {error}.", "Get the file again.") from None
+    if not isinstance(data, dict):
+        raise CorruptFile(f"{path} is not a JSON object.", "Get the file again.")
+    return data
+
+
+def _gguf(path: Path) -> Header:
+    parts = gguf_header.read_parts(path)
+    metadata = parts[0].metadata
+    found = _joined(part.tensors for part in parts)
+    raw = gguf_keys.config_dict(metadata, {name: info.shape for name, info in found.items()}, str(path))
+    config = ModelConfig.from_dict(raw, str(path))
+    unexpected = schema.check_gguf(found, config, str(path))
+    return Header(path, "gguf", config, raw, metadata, found, unexpected)
+
+
+def _joined(parts: Iterable[dict[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    found: dict[str, TensorInfo] = {}
+    for tensors in parts:
+        for name, info in tensors.items():
+            if name in found:
+                raise CorruptFile(
+                    f"{name} is in both {found[name].file.name} and {info.file.name}.", "Get the parts again."
+                )
+            found[name] = info
+    return found

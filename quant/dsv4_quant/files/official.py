@@ -1,0 +1,74 @@
+"""The official layout: safetensors shards, FP4 experts, FP8 matrices with their scales beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4_quant.errors import CorruptFile
+from dsv4_quant.files.headers import Header, TensorInfo
+from dsv4_quant.files.mapping import map_file, typed_view
+from dsv4_quant.formats import Packed
+
+DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+PLAIN = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F64": "f64", "I16": "i16", "I32": "i32", "I64": "i64"}
+
+
+class OfficialSource:
+    """An open checkpoint folder."""
+
+    layout = "official"
+
+    def __init__(self, header: Header) -> None:
+        self.path = header.path
+        self.config = header.config
+        self.raw_config = header.raw_config
+        self.metadata: dict[str, Any] = {}
+        self._tensors = header.tensors
+        self._maps: dict[Path, Tensor] = {}
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(info.nbytes for info in self._tensors.values())
+
+    def has(self, name: str) -> bool:
+        return name in self._tensors
+
+    def read(self, name: str) -> Packed:
+        info = self._info(name)
+        data = self._view(info)
+        if info.dtype in PLAIN:
+            return Packed(PLAIN[info.dtype], info.shape, data)
+        scale = self._view(self._info(name.removesuffix("weight") + "scale"))
+        if info.dtype == "I8":  # two FP4 codes a byte
+            return Packed("fp4", (info.shape[0], 2 * info.shape[1]), data, scale)
+        if info.dtype == "F8_E4M3":
+            return Packed("fp8_e4m3", info.shape, data, scale)
+        raise CorruptFile(f"{info.file}: {name} is stored as {info.dtype}.", "DeepSeek-V4 does not use that type.")
+
+    def tokenizer(self) -> Path | None:
+        path = self.path / "tokenizer.json"
+        return path if path.is_file() else None
+
+    def close(self) -> None:
+        self._maps.clear()
+
+    def _info(self, name: str) -> TensorInfo:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise CorruptFile(
+                f"{self.path} has no tensor {name}.", "The checkpoint is incomplete; get it again."
+            ) from None
+
+    def _view(self, info: TensorInfo) -> Tensor:
+        if info.file not in self._maps:
+            self._maps[info.file] = map_file(info.file)
+        return typed_view(self._maps[info.file], info.offset, info.nbytes, DTYPES[info.dtype]).view(info.shape)

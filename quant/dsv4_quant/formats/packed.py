@@ -1,0 +1,53 @@
+"""A weight as it lies in its file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4_quant.formats.base import Format
+from dsv4_quant.formats.table import FORMATS
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight of logical `shape` ([n] or [out, in]) whose bytes are views of a mapped file.
+
+    `data` has a row for each of `out` (typed numbers, or uint8 blocks); `scale` is there for the official formats: FP8
+    [ceil(out / 128), ceil(in / 128)], FP4 [out, in / 32], as E8M0 or F32.
+    """
+
+    format: str
+    shape: tuple[int, ...]
+    data: Tensor
+    scale: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, scales included."""
+        return self.data.nbytes + (self.scale.nbytes if self.scale is not None else 0)
+
+    def float(self) -> Tensor:
+        """float32 of `shape`: exactly the values that the bytes mean."""
+        return self.rows(slice(None))
+
+    def rows(self, index: Tensor | slice) -> Tensor:
+        """float32 of the chosen rows only, as a look-up in an embedding wants them."""
+        return self._format.decode(self.data[index], self._scales(index)).reshape(-1, *self.shape[1:])
+
+    @property
+    def _format(self) -> Format:
+        return FORMATS[self.format]
+
+    def _scales(self, index: Tensor | slice) -> Tensor | None:
+        """A row of scales for each chosen row."""
+        if self.scale is None:
+            return None
+        shared = self._format.scale_rows
+        if shared == 1:
+            return self.scale[index]
+        tile = torch.arange(self.shape[0], device=self.data.device)[index] // shared
+        raw = self.scale if self.scale.dtype == torch.float32 else self.scale.view(torch.uint8)
+        return raw[tile]
