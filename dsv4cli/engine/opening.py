@@ -1,0 +1,69 @@
+"""What opening a model takes beside its weights: memory plan, tokenizer, and a fingerprint for saved sessions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+
+from dsv4_quant.config import ModelConfig
+from dsv4_quant.files import Source
+from dsv4_quant.schema import gguf_tensors
+from dsv4cli.encoding.tokenizer import Tokenizer
+from dsv4cli.engine.memory import MemoryPlan, available_memory, plan_memory
+from dsv4cli.engine.session import PREFILL_CHUNK
+from dsv4cli.errors import CorruptError
+from dsv4cli.model.state import State
+from dsv4cli.model.transformer import EXPAND_LIMIT
+
+
+def plan_of(source: Source, name: str, ctx: int | None, numerics: str) -> MemoryPlan:
+    """What `source` will need on this machine, told before its weights are read. Raises as memory.plan_memory."""
+    config = source.config
+    expanded = _expanded_bytes(source)
+
+    def state_bytes(tokens: int) -> int:
+        return State.bytes_for(config, tokens, numerics)
+
+    return plan_memory(name, ctx=ctx, model_ctx=config.max_position_embeddings, weights=source.tensor_bytes,
+                       expanded=expanded, scratch=_scratch_bytes(config, bool(expanded)), state_bytes=state_bytes,
+                       available=available_memory())
+
+
+def _expanded_bytes(source: Source) -> int:
+    """float32 copies of a model that is small enough for them (see Model.bind)."""
+    if source.tensor_bytes > 2 * EXPAND_LIMIT:  # no stored type is wider than twice float32
+        return 0
+    wanted = 4 * sum(torch.Size(spec.shape).numel() for spec in gguf_tensors(source.config))
+    return wanted if wanted <= EXPAND_LIMIT else 0
+
+
+def _scratch_bytes(config: ModelConfig, expanded: bool) -> int:
+    """The largest temporary tensors, float32: the widest activations of a prompt chunk, and one decoded matrix."""
+    widest = max(config.hc_mult * config.hidden_size, config.num_attention_heads * config.head_dim)
+    matrix = 0 if expanded else config.vocab_size * config.hidden_size
+    return 4 * (6 * PREFILL_CHUNK * widest + matrix)
+
+
+def tokenizer_of(source: Source, name: str) -> Tokenizer:
+    """Raises CorruptError when the model has none, or one that is larger than its vocabulary."""
+    found = source.tokenizer()
+    if found is None:
+        raise CorruptError(f"{name} has no tokenizer.", "Put the tokenizer.json of its checkpoint beside the weights.")
+    tokenizer = Tokenizer.from_dict(found) if isinstance(found, dict) else Tokenizer.from_file(found)
+    if tokenizer.vocab_size > source.config.vocab_size:
+        raise CorruptError(f"The tokenizer of {name} has {tokenizer.vocab_size} ids, but the model only "
+                           f"{source.config.vocab_size}.", "Use the tokenizer.json that belongs to the checkpoint.")
+    return tokenizer
+
+
+def fingerprint_of(source: Source, numerics: str) -> str:
+    """SHA-256 over what a state depends on: configuration, numerics, and of the weights their size and the last norm.
+
+    No two trainings share that norm, and no two quantisations the size; reading all weights would take minutes.
+    """
+    facts = json.dumps([source.raw_config, numerics, source.tensor_bytes], sort_keys=True, default=str)
+    digest = hashlib.sha256(facts.encode())
+    digest.update(source.read("norm.weight").float().contiguous().numpy())
+    return digest.hexdigest()
