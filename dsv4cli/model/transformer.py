@@ -38,7 +38,7 @@ class Model:
 
     @classmethod
     def bind(cls, source: Source, *, numerics: str = "official", expand_limit: int = EXPAND_LIMIT) -> Model:
-        """Reads the trunk's weights out of `source`, which must stay open as long as the model lives.
+        """Binds the trunk's weights; packed ones stay views of the source's files.
 
         numerics: "plain" or "official". expand_limit: bytes of float32 weights up to which the model is decoded once.
         Raises CorruptFile for a missing tensor or a wrong shape, UsageError for unknown numerics.

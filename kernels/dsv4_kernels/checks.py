@@ -11,9 +11,14 @@ from dsv4_quant.formats import Packed
 
 def demand_shape(name: str, x: Tensor | Packed, *expected: int | None) -> None:
     """Raises ValueError unless x has these sizes; None stands for any size."""
-    shape = tuple(x.shape)
-    if len(shape) != len(expected) or any(want not in (None, have) for want, have in zip(expected, shape, strict=True)):
-        raise ValueError(f"{name} has shape {list(shape)}, but {_spelled(expected)} was expected")
+    shape = x.shape
+    for have, want in zip(shape, expected, strict=False):
+        if want is not None and have != want:
+            break
+    else:
+        if len(shape) == len(expected):
+            return
+    raise ValueError(f"{name} has shape {list(shape)}, but {_spelled(expected)} was expected")
 
 
 def demand_multiple(name: str, size: int, of: int) -> None:

@@ -34,7 +34,7 @@ class Shape:
     q_rank: int = 128
     o_groups: int = 2
     o_rank: int = 64
-    index_heads: int = 4
+    index_heads: int = 32  # with few, all products of a key can be negative, its score exactly 0, and zeros tie
     index_dim: int = 64
     index_topk: int = 16
     streams: int = 4

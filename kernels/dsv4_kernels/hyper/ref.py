@@ -11,9 +11,9 @@ from dsv4_kernels.hyper import HyperSettings, Mixer
 
 def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> tuple[Tensor, Tensor, Tensor]:
     s = streams.shape[1]
-    sizes = [s, s, s * s]  # the ways in, out and across
-    mixes = _mixes(streams, mixer, settings) * mixer.scale.repeat_interleave(torch.tensor(sizes)) + mixer.base
-    to_sublayer, to_streams, across = mixes.split(sizes, -1)
+    sizes = (s, s, s * s)  # the ways in, out and across
+    mixes = zip(_mixes(streams, mixer, settings).split(sizes, -1), mixer.scale, mixer.base.split(sizes), strict=True)
+    to_sublayer, to_streams, across = (base + scale * mix for mix, scale, base in mixes)
     pre = to_sublayer.sigmoid() + settings.eps
     post = 2 * to_streams.sigmoid()
     return _weighted(pre, streams), post, sinkhorn(across.unflatten(-1, (s, s)), settings)
@@ -29,13 +29,20 @@ def merge_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> Ten
 
 
 def sinkhorn(logits: Tensor, settings: HyperSettings) -> Tensor:
-    """logits [t, s, s] -> almost doubly stochastic: softmax of rows, then columns and rows in turn, columns last."""
-    matrix = logits.softmax(-1).add_(settings.eps)
-    matrix /= matrix.sum(-2, keepdim=True).add_(settings.eps)
+    """logits [t, s, s] -> almost doubly stochastic: softmax of rows, then columns and rows in turn, columns last.
+
+    Every division is by a number per row or per column, so only their products are kept: the matrix is
+    `start / (rows * columns)` throughout. Dividing rows by (their sum + eps) then means rows' = start / columns + eps * rows,
+    one product where the matrix itself would take a sum, an addition and a division.
+    """
+    start = logits.softmax(-1).add_(settings.eps)
+    turned = start.transpose(1, 2)
+    rows = torch.ones_like(start[..., :1])
+    columns = torch.baddbmm(rows, turned, rows, beta=settings.eps)
     for _ in range(settings.rounds - 1):
-        matrix /= matrix.sum(-1, keepdim=True).add_(settings.eps)
-        matrix /= matrix.sum(-2, keepdim=True).add_(settings.eps)
-    return matrix
+        rows = torch.baddbmm(rows, start, columns.reciprocal(), beta=settings.eps)
+        columns = torch.baddbmm(columns, turned, rows.reciprocal(), beta=settings.eps)
+    return start / rows / columns.transpose(1, 2)
 
 
 def _mixes(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> Tensor:
