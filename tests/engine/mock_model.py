@@ -23,14 +23,14 @@ CONTROLS = (BOS, EOS, USER, ASSISTANT, THINK, END_THINK, DSML, PLACEHOLDER)
 VOCABULARY = 256 + len(CONTROLS)
 
 
-def byte_tokenizer() -> Tokenizer:
-    """One token per byte, then the control tokens."""
+def byte_tokenizer_json() -> dict[str, Any]:
+    """A tokenizer.json with one token per byte, then the control tokens."""
     added = [{"id": 256 + place, "content": spelling, "single_word": False, "lstrip": False, "rstrip": False,
               "normalized": False, "special": True} for place, spelling in enumerate(CONTROLS)]
     split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return Tokenizer.from_dict({
+    return {
         "version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": split, "post_processor": None,
-        "decoder": split, "model": {"type": "BPE", "vocab": dict(ALPHABET), "merges": []}})
+        "decoder": split, "model": {"type": "BPE", "vocab": dict(ALPHABET), "merges": []}}
 
 
 @dataclass(frozen=True)
@@ -115,4 +115,4 @@ class Scripted(Recurrent):
 def engine_of(model: Recurrent, *, ctx: int = 4096, fingerprint: str = "f", shelf_bytes: int = 1 << 30) -> Engine:
     plan = MemoryPlan(ctx, weights=1000, expanded=0, state=64, snapshots=shelf_bytes, scratch=0, available=None)
     anything: Any = model  # the mock has the three methods that the engine uses
-    return Engine("mock", anything, byte_tokenizer(), "april", plan, fingerprint)
+    return Engine("mock", anything, Tokenizer.from_dict(byte_tokenizer_json()), "april", plan, fingerprint)
