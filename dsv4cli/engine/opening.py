@@ -65,5 +65,5 @@ def fingerprint_of(source: Source, numerics: str) -> str:
     """
     facts = json.dumps([source.raw_config, numerics, source.tensor_bytes], sort_keys=True, default=str)
     digest = hashlib.sha256(facts.encode())
-    digest.update(source.read("norm.weight").float().contiguous().numpy())
+    digest.update(source.read("norm.weight").float().contiguous().numpy().data)
     return digest.hexdigest()
