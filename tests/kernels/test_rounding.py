@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4_kernels.rounding import hadamard, round_fp4, round_fp8, scale_exponents
+from dsv4_kernels.rounding import FP4, FP8, hadamard, round_fp4, round_fp8, scale_exponents
 from tests.support.tolerance import assert_close
 
 # spec/checkpoint.md section 3.1: greatest magnitude of a block -> exponent of its scale
@@ -15,17 +15,17 @@ FP4_VALUES = [0, .5, 1, 1.5, 2, 3, 4, 6]
 
 @pytest.mark.parametrize(("amax", "exponent"), FP8_SCALES)
 def test_fp8_scales_are_the_published_ones(amax: float, exponent: int) -> None:
-    assert scale_exponents(torch.tensor([amax]), 448, 1e-4).tolist() == [exponent]
+    assert scale_exponents(torch.tensor([amax]), FP8).tolist() == [exponent]
 
 
 @pytest.mark.parametrize(("amax", "exponent"), FP4_SCALES)
 def test_fp4_scales_are_the_published_ones(amax: float, exponent: int) -> None:
-    assert scale_exponents(torch.tensor([amax]), 6, 6 * 2.0 ** -126).tolist() == [exponent]
+    assert scale_exponents(torch.tensor([amax]), FP4).tolist() == [exponent]
 
 
 @pytest.mark.parametrize("exponent", range(-13, 14))
 def test_exact_powers_of_two_are_not_bumped(exponent: int) -> None:
-    assert scale_exponents(torch.tensor([448 * 2.0 ** exponent]), 448, 1e-4).tolist() == [exponent]
+    assert scale_exponents(torch.tensor([448 * 2.0 ** exponent]), FP8).tolist() == [exponent]
 
 
 @pytest.mark.parametrize(("value", "code"), FP4_TIES)

@@ -6,10 +6,23 @@ After rounding, every value is a code of 8 or 4 bits times a power of two, so a 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from dsv4_kernels.backends import pick
 from dsv4_kernels.checks import demand_multiple
+
+
+class Code(NamedTuple):
+    """A small float type: its greatest value, and the smallest greatest magnitude of a block that counts."""
+
+    largest: float
+    least: float
+
+
+FP8 = Code(448.0, 1e-4)  # E4M3
+FP4 = Code(6.0, 6.0 * 2.0 ** -126)  # E2M1
 
 
 def round_fp8(x: Tensor, block: int = 64, *, backend: str | None = None) -> Tensor:
@@ -27,12 +40,9 @@ def round_fp4(x: Tensor, block: int = 32, *, backend: str | None = None) -> Tens
     return pick("rounding", x.device.type, backend).module.round_fp4(x, block)
 
 
-def scale_exponents(amax: Tensor, largest: float, least: float) -> Tensor:
-    """log2 of the scale that rounding gives blocks with these greatest magnitudes: int64, like amax.
-
-    largest: the format's greatest code (448 for E4M3, 6 for E2M1); least: the smallest amax that counts.
-    """
-    return pick("rounding", amax.device.type).module.power_of_two_scale(amax, largest, least).log2().round().long()
+def scale_exponents(amax: Tensor, code: Code) -> Tensor:
+    """log2 of the scale that rounding gives blocks with these greatest magnitudes: int64, like amax."""
+    return pick("rounding", amax.device.type).module.power_of_two_scale(amax, code).log2().round().long()
 
 
 def hadamard(x: Tensor, *, backend: str | None = None) -> Tensor:

@@ -7,29 +7,29 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-FP8_MAX, FP8_LEAST = 448.0, 1e-4
-FP4_MAX, FP4_LEAST = 6.0, 6.0 * 2.0 ** -126
+from dsv4_kernels.rounding import FP4, FP8, Code
+
 EXPONENT = 0x7F800000  # the exponent field of a float32
 MANTISSA = 0x007FFFFF
 
 
-def power_of_two_scale(amax: Tensor, largest: float, least: float) -> Tensor:
+def power_of_two_scale(amax: Tensor, code: Code) -> Tensor:
     """2^ceil(log2(amax / largest)), float32: a full mantissa, added, carries into the exponent unless it meets zero."""
-    ratio = amax.to(torch.float32).clamp(min=least) * (1 / largest)
+    ratio = amax.to(torch.float32).clamp(min=code.least) * (1 / code.largest)
     return ((ratio.view(torch.int32) + MANTISSA) & EXPONENT).view(torch.float32)
 
 
 def round_fp8(x: Tensor, block: int) -> Tensor:
     blocks = x.unflatten(-1, (-1, block))
-    scale = power_of_two_scale(blocks.abs().amax(-1, keepdim=True), FP8_MAX, FP8_LEAST)
-    codes = (blocks / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    scale = power_of_two_scale(blocks.abs().amax(-1, keepdim=True), FP8)
+    codes = (blocks / scale).clamp(-FP8.largest, FP8.largest).to(torch.float8_e4m3fn)
     return (codes.to(x.dtype) * scale).flatten(-2)
 
 
 def round_fp4(x: Tensor, block: int) -> Tensor:
     blocks = x.unflatten(-1, (-1, block))
-    scale = power_of_two_scale(blocks.abs().amax(-1, keepdim=True), FP4_MAX, FP4_LEAST)
-    values = (blocks / scale).clamp(-FP4_MAX, FP4_MAX)
+    scale = power_of_two_scale(blocks.abs().amax(-1, keepdim=True), FP4)
+    values = (blocks / scale).clamp(-FP4.largest, FP4.largest)
     # Codes are 0.5 apart below 2, then 1, then 2. Ties that go to an even multiple of the step also go to an even code.
     magnitude = values.abs().to(torch.float32).clamp(min=1)
     step = (magnitude.view(torch.int32) & EXPONENT).view(torch.float32) / 2
