@@ -1,14 +1,21 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from dsv4cli.model.numerics import numerics_named
+from dsv4_kernels.rounding import hadamard, round_fp4, round_fp8
+from dsv4cli.model.numerics import Numerics, numerics_named
 from dsv4cli.model.transformer import Model
 from tests.model.conftest import Bound
-from tests.support.tolerance import relative_error
+from tests.support.tolerance import CHUNKS, assert_close, relative_error
+
+
+def test_official_rounds_and_plain_does_not(bound: Bound, ids: Tensor) -> None:
+    official, plain = (bound(name) for name in ("official", "plain"))
+    one, other = (model.forward(ids, model.new_state(400), logits="all") for model in (official, plain))
+    assert 1e-3 < relative_error(one, other) < 0.5
 
 
 def test_the_narrow_cache_loses_nothing(bound: Bound, ids: Tensor) -> None:
@@ -19,19 +26,39 @@ def test_the_narrow_cache_loses_nothing(bound: Bound, ids: Tensor) -> None:
     assert torch.equal(*logits)
 
 
-def test_official_rounds_and_plain_does_not(bound: Bound, ids: Tensor) -> None:
-    official, plain = (bound(name) for name in ("official", "plain"))
-    one, other = (model.forward(ids, model.new_state(400), logits="all") for model in (official, plain))
-    assert 1e-3 < relative_error(one, other) < 0.5
+def test_an_official_state_holds_only_what_rounding_leaves(bound: Bound, ids: Tensor) -> None:
+    model = bound("official")
+    still = model.config.head_dim - model.config.qk_rope_head_dim
+    state = model.new_state(400)
+    model.forward(ids, state)
+    for layer in state.layers:
+        rows = [layer.ring.rows, *([layer.entries.store.filled] if layer.entries else [])]
+        for kv in (each[:, :still].float() for each in rows):
+            assert len(kv) > 0
+            assert torch.equal(round_fp8(kv), kv)
+        if layer.index:
+            keys = layer.index.store.filled.float()
+            assert torch.equal(round_fp4(keys), keys)
+
+
+@dataclass(frozen=True)
+class Turned(Numerics):
+    """Official's Hadamard turn without its rounding."""
+
+    def index(self, x: Tensor) -> Tensor:
+        return hadamard(x)
+
+
+def test_the_hadamard_turn_meets_itself(bound: Bound, ids: Tensor) -> None:
+    """Applied to keys and queries alike it cancels; on one side alone it would choose other entries."""
+    plain = bound()
+    turned = Model(plain.weights, plain.config, Turned())
+    assert_close(*(model.forward(ids, model.new_state(400), logits="all") for model in (turned, plain)), CHUNKS)
 
 
 def test_only_the_rotated_part_escapes_fp8() -> None:
-    numerics = numerics_named("official")
     x = torch.randn(3, 192, generator=torch.Generator().manual_seed(1))
-    kept = numerics.kv(x, 64)
-    assert torch.equal(kept[:, 128:], x[:, 128:].to(torch.bfloat16).float())
-    codes = kept[:, :64] / torch.exp2(torch.ceil(torch.log2(x[:, :64].abs().amax(-1, keepdim=True) / 448)))
-    assert torch.equal(codes, codes.to(torch.float8_e4m3fn).float())
-    assert not torch.equal(kept[:, :128], x[:, :128].to(torch.bfloat16).float())
+    kept = numerics_named("official").kv(x, 64)
+    assert torch.equal(kept, torch.cat([round_fp8(x[:, :128]), x[:, 128:].to(torch.bfloat16).float()], -1))
     assert numerics_named("plain").kv(x, 64) is x
     assert numerics_named("plain").index(x) is x
