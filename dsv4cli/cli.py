@@ -18,7 +18,7 @@ from dsv4_quant.errors import QuantError
 from dsv4cli import __version__, console
 from dsv4cli.commands import chat, doctor, evaluate, run, show
 from dsv4cli.commands.list import list_models
-from dsv4cli.errors import Dsv4Error
+from dsv4cli.errors import Dsv4Error, Interrupted
 
 HELP = """Run DeepSeek-V4 on your own machine.
 
@@ -49,9 +49,9 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _global_options(
     version: Annotated[bool, typer.Option(
-        "--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+        "--version", metavar="", callback=_print_version, is_eager=True, help="Print the version.")] = False,
     debug: Annotated[bool, typer.Option(
-        "--debug", help="Show the traceback of an error. May stand after the command too.")] = False,
+        "--debug", metavar="", help="Show the traceback of an error. May stand after the command too.")] = False,
 ) -> None:
     """The help above belongs to the program; --debug is taken out by `main` wherever it stands."""
 
@@ -73,9 +73,8 @@ def explain(error: BaseException) -> int:
     """Says on stderr what went wrong and what to do, and returns the exit code."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
-    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        console.report("Interrupted.")
-        return 130
+    if isinstance(error, (KeyboardInterrupt, typer.Abort, Interrupted)):
+        return 130  # whoever pressed Ctrl-C knows
     if isinstance(error, (Dsv4Error, QuantError)):
         console.report(error.message, error.hint)
         return error.exit_code

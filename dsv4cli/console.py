@@ -73,23 +73,27 @@ def print_json_line(value: Any) -> None:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """Columns on stdout, a heading each; `right` has the columns of numbers. The last column is never cut."""
-    from rich.table import Table
+    """Columns on stdout, a heading each; `right` has the columns of numbers. Nothing is cut or wrapped.
 
-    columns = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    for index, heading in enumerate(headings):
-        columns.add_column(heading, justify="right" if index in right else "left", no_wrap=index < len(headings) - 1,
-                           overflow="fold")
-    for row in rows:
-        columns.add_row(*map(_escaped, row))
-    out().print(columns, soft_wrap=False, width=None if sys.stdout.isatty() else _width(headings, rows))
+    (Drawn by hand: rich would be a third of the time that `dsv4 list` takes.)
+    """
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    for index, row in enumerate((headings, *rows)):
+        cells = [cell.rjust(width) if place in right else cell.ljust(width)
+                 for place, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        line = "   ".join(cells).rstrip()
+        print(bold(line) if index == 0 else line)
 
 
 def pairs(rows: Sequence[tuple[str, str]], indent: str = "") -> None:
     """Names and values on stdout, aligned."""
     wide = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
-        out().print(f"{indent}[name]{_escaped(name.ljust(wide))}[/]  {_escaped(value)}", soft_wrap=True)
+        print(f"{indent}{bold(name.ljust(wide))}  {value}")
+
+
+def bold(text: str) -> str:
+    return f"\x1b[1m{text}\x1b[0m" if coloured(sys.stdout) else text
 
 
 @contextmanager
@@ -133,10 +137,3 @@ def _escaped(text: str) -> str:
     from rich.markup import escape
 
     return escape(text)
-
-
-def _width(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    """Wide enough for every cell: a reader that is a program wants no wrapped lines."""
-    from rich.cells import cell_len
-
-    return sum(max(cell_len(line[index]) for line in (headings, *rows)) + 3 for index in range(len(headings)))

@@ -1,145 +1,50 @@
-"""The chat: read a line, answer it, again. What is drawn is the screen's affair, what is computed the engine's."""
+"""The chat's loop: read a line, answer it or obey it, again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from dsv4cli.chat import slash, transcript, turn
-from dsv4cli.chat.transcript import Message, Transcript
-from dsv4cli.chat.turn import Engine, Reply
-from dsv4cli.errors import Dsv4Error, Interrupted
-from dsv4cli.settings import Settings
+from dsv4cli.chat import slash
+from dsv4cli.chat.conversation import Conversation, Screen
+from dsv4cli.errors import Dsv4Error
 
 QUOTES = '"""'
-Facts = list[tuple[str, str]]
 
 
-class Screen(Protocol):
-    """What the loop needs of a screen: chat.screen draws on a terminal, chat.plain writes lines."""
-
-    interactive: bool
-
-    def ask(self, continued: bool = False) -> str: ...
-    def header(self, facts: Facts) -> None: ...
-    def note(self, text: str) -> None: ...
-    def table(self, rows: Facts) -> None: ...
-    def failed(self, error: Dsv4Error) -> None: ...
-    def answering(self) -> Any: ...  # a context manager that yields turn.Show
-
-
-@dataclass
-class Chat:
-    """One conversation.
-
-    facts    what the header and /show say about the model
-    name     under which the conversation is kept after every turn; "" while it has none
-    """
-
-    engine: Engine
-    screen: Screen
-    settings: Settings
-    facts: Callable[[], Facts] = list
-    name: str = ""
-    transcript: Transcript = field(default_factory=Transcript)
-    session: Any = None
-    attached: str = ""  # from /read, waiting for its question
-    attempt: int = 0  # how often the last question was asked again
-    last: Reply | None = None
-    leaving: bool = False
-
-    def run(self) -> None:
-        """Talks until the user leaves. On a terminal errors are said and the chat goes on; from a pipe they end it."""
-        self.session = self.engine.session()
-        self.screen.header(self.facts())
-        warned = False
-        while not self.leaving:
-            try:
-                line = self._read()
-                warned = False
-                self._take(line)
-            except EOFError:
-                break
-            except KeyboardInterrupt:
-                if warned or not self.screen.interactive:
-                    raise
-                warned = True
-                self.screen.note("Press Ctrl-C again or type /bye to leave.")
-            except Dsv4Error as error:
-                if not self.screen.interactive:
-                    raise
-                self.screen.failed(error)
-
-    def say(self, text: str) -> None:
-        """Puts a question to the model, after what /read attached, and draws the answer."""
-        question = f"{self.attached}\n\n{text}" if self.attached else text
-        self.attached, self.attempt = "", 0
-        before = list(self.transcript.turns)
-        self.transcript.ask(question)
-        self._answer(before)
-
-    def regenerate(self) -> None:
-        """Asks the last question once more."""
-        before = list(self.transcript.turns)
-        self.transcript.ask(self.transcript.undo())
-        self.attempt += 1
-        self._answer(before)
-
-    def forget(self) -> None:
-        """Begins anew with the same system prompt."""
-        self.transcript.clear()
-        self.session = self.engine.session()
-        self.attached, self.attempt, self.last = "", 0, None
-
-    def keep(self, name: str) -> None:
-        """Writes the conversation under `name`, and from now on after every turn."""
-        path = transcript.path_of(name)
-        transcript.save(self.transcript, path, model=self.engine.name, release=self.engine.release)
-        self.name = name
-
-    def _take(self, line: str) -> None:
-        if line.startswith("/"):
-            slash.obey(self, line)
-        elif line.strip():
-            self.say(line)
-
-    def _read(self) -> str:
-        '''A line, or with three quotes several: from """ to the line that ends with """.'''
-        line = self.screen.ask()
-        if not line.lstrip().startswith(QUOTES):
-            return line
-        text = line.lstrip()[len(QUOTES):]
-        while not text.rstrip().endswith(QUOTES):
-            text += "\n" + self.screen.ask(continued=True)
-        return text.rstrip()[: -len(QUOTES)].strip("\n")
-
-    def _answer(self, before: list[Message]) -> None:
-        """Draws the answer to the transcript's last question. If there is none, the transcript is again as `before`."""
-        reply = None
+def talk(chat: Conversation) -> None:
+    """Talks until the user leaves. On a terminal errors are said and the chat goes on; from a pipe they end it."""
+    chat.screen.header(chat.facts())
+    warned = False
+    while not chat.leaving:
         try:
-            with self.screen.answering() as show:
-                reply = turn.answer(self.engine, self.transcript.messages, self.settings, show, session=self.session,
-                                    attempt=self.attempt)
-        finally:
-            self.last = reply
-            if reply and (reply.content or reply.tool_calls):
-                self.transcript.answer(reply.content, reply.reasoning, reply.tool_calls)
-            else:
-                self.transcript.turns = before
-        self._close(reply)
+            line = chat.screen.ask()
+            warned = False
+            _take(chat, line)
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            if not chat.screen.interactive:
+                raise
+            if warned:
+                break
+            warned = True
+            chat.screen.note("Press Ctrl-C again or type /bye to leave.")
+        except Dsv4Error as error:
+            if not chat.screen.interactive:
+                raise
+            chat.screen.failed(error)
 
-    def _close(self, reply: Reply) -> None:
-        finish = reply.last.finish if reply.last else None
-        if reply.cancelled:
-            if not self.screen.interactive:
-                raise Interrupted("Interrupted.")
-            self.screen.note("Stopped. The answer so far is kept; /undo takes it back." if reply.content
-                             else "Stopped before an answer; the question is taken back.")
-        elif finish == "length":
-            self.screen.note("Cut off: the answer reached --max-tokens or the end of the context." if reply.content else
-                             "Cut off while thinking, so there is no answer; /set max_tokens higher, or /think off.")
-        if self.settings["stats"] and reply.last:
-            self.screen.note(turn.rates(reply.last))
-        if self.name:
-            self.keep(self.name)
+
+def _take(chat: Conversation, line: str) -> None:
+    if line.startswith("/"):
+        slash.obey(chat, line)
+        return
+    text = _whole(chat.screen, line) if line.lstrip().startswith(QUOTES) else line
+    if text.strip():
+        chat.say(text)
+
+
+def _whole(screen: Screen, line: str) -> str:
+    """The text that three quotes begin in `line` and end in this or a later line."""
+    text = line.lstrip()[len(QUOTES):]
+    while not text.rstrip().endswith(QUOTES):
+        text += "\n" + screen.ask(continued=True)
+    return text.rstrip()[: -len(QUOTES)].strip("\n")

@@ -11,6 +11,7 @@ from typing import Any
 from markdown_it import MarkdownIt
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markdown import Heading, Markdown
+from rich.segment import Segment
 
 FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 
@@ -42,7 +43,21 @@ class _LeftHeading(Heading):
         yield self.text
 
 
-class Block(Markdown):
+class Block:
+    """A piece of an answer, drawn as markdown without blank lines around it (rich puts them around lists and code)."""
+
+    def __init__(self, text: str) -> None:
+        self._content = _Markdown(text)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._content, options, pad=False)
+        inked = [index for index, line in enumerate(lines) if any(segment.text.strip() for segment in line)]
+        for line in lines[inked[0]:inked[-1] + 1] if inked else ():
+            yield from line
+            yield Segment.line()
+
+
+class _Markdown(Markdown):
     """Markdown as people write it to each other: line ends stay, and HTML is text (`vector<int>` must not vanish)."""
 
     elements = {**Markdown.elements, "heading_open": _LeftHeading}  # noqa: RUF012 - rich's own declaration

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dsv4cli import console
-from dsv4cli.chat.turn import Show, describe_call
+from dsv4cli.chat.turn import View, describe_call
 from dsv4cli.errors import Dsv4Error
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ class PlainTurn:
         self._quiet = quiet
         self._kind = ""
         self._line_open = False
+
+    def read(self, done: int, whole: int) -> None:
+        """Silence: the text begins when it begins."""
 
     def show(self, token: Token) -> None:
         if token.tool_calls:
@@ -85,9 +88,9 @@ class PlainScreen:
         console.report(error.message, error.hint)
 
     @contextmanager
-    def answering(self) -> Iterator[Show]:
+    def answering(self) -> Iterator[View]:
         turn = PlainTurn(self._quiet)
         try:
-            yield turn.show
+            yield turn
         finally:
             turn.close()

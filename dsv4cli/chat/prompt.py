@@ -31,6 +31,14 @@ def _keys() -> KeyBindings:
     def send(event: KeyPressEvent) -> None:
         event.current_buffer.validate_and_handle()
 
+    @keys.add("c-c")
+    def drop(event: KeyPressEvent) -> None:
+        """Ctrl-C drops what is typed; only on an empty line does it mean leaving."""
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt)
+
     @keys.add("escape", "enter")
     def new_line(event: KeyPressEvent) -> None:
         event.current_buffer.insert_text("\n")

@@ -15,7 +15,7 @@ from rich.text import Text
 from dsv4cli import console
 from dsv4cli.chat import markdown
 from dsv4cli.chat.region import Region, silent_keys
-from dsv4cli.chat.turn import Show, describe_call
+from dsv4cli.chat.turn import View, describe_call
 from dsv4cli.errors import Dsv4Error
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ class TerminalScreen:
             self._console.print(Text.assemble(("hint: ", "hint"), error.hint))
 
     @contextmanager
-    def answering(self) -> Iterator[Show]:
-        """A function that draws the records of one answer; on leaving, what is unfinished is finished."""
+    def answering(self) -> Iterator[View]:
+        """A view that draws one answer; on leaving, what is unfinished is finished."""
         turn = _Turn(self._console, self._quiet)
         with silent_keys(), turn.region:
             try:
-                yield turn.show
+                yield turn
             finally:
                 turn.finish()
         self._console.print()
@@ -70,16 +70,23 @@ class _Turn:
         self.region = Region(drawn_on, self._content)
         self._quiet = quiet
         self._kind = ""
+        self._prompt = ""
         self._tail = ""  # of the reasoning: an unfinished line; of the answer: an unfinished block
         self._blocks = 0
         self._thoughts = 0
         self._since = time.monotonic()
+
+    def read(self, done: int, whole: int) -> None:
+        with self.region.lock:
+            self._prompt = f", {done} of {whole} tokens"
 
     def show(self, token: Token) -> None:
         with self.region.lock:
             if token.kind != self._kind:
                 self._close_part()
                 self._kind = token.kind
+                if not self._thoughts:
+                    self._since = time.monotonic()  # the clock of the thinking begins after the reading
             if token.kind == "reasoning" and token.id is not None:
                 self._thoughts += 1
             if token.kind != "tool_call":
@@ -122,7 +129,7 @@ class _Turn:
     def _content(self) -> RenderableType | None:
         with self.region.lock:
             if self._kind == "":
-                return Text(f"reading… {time.monotonic() - self._since:.0f} s", style="note")
+                return Text(f"reading… {time.monotonic() - self._since:.0f} s{self._prompt}", style="note")
             if self._kind == "reasoning":
                 tail = [Text(self._tail, style="thought")] if self._tail and not self._quiet else []
                 return Group(*tail, Text(f"thinking… {self._clock()}", style="note"))

@@ -6,15 +6,13 @@ import shlex
 from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from dsv4cli import settings
 from dsv4cli.chat import transcript, turn
+from dsv4cli.chat.conversation import Conversation
 from dsv4cli.encoding.template import think_level
 from dsv4cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from dsv4cli.chat.loop import Chat
 
 FIXED = ("model", "ctx", "device", "threads", "numerics", "release")  # chosen when the model is opened
 LEVELS = settings.TABLE["think"].choices
@@ -23,12 +21,12 @@ LEVELS = settings.TABLE["think"].choices
 class Slash(NamedTuple):
     """A command: what it does, given the chat and the text behind its name; how it is written; a line of help."""
 
-    run: Callable[[Chat, str], None]
+    run: Callable[[Conversation, str], None]
     usage: str
     help: str
 
 
-def obey(chat: Chat, line: str) -> None:
+def obey(chat: Conversation, line: str) -> None:
     """Runs the command in `line`. Raises UsageError for one that does not exist, with the nearest name."""
     name, _, rest = line.strip().partition(" ")
     name = ALIASES.get(name.lower(), name.lower())
@@ -39,13 +37,13 @@ def obey(chat: Chat, line: str) -> None:
     COMMANDS[name].run(chat, rest.strip())
 
 
-def _help(chat: Chat, rest: str) -> None:
+def _help(chat: Conversation, rest: str) -> None:
     chat.screen.table([*((command.usage, command.help) for command in COMMANDS.values()),
                        ('"""', "begins a text of several lines; the same ends it"),
                        ("Alt-Enter", "a new line; Ctrl-C stops the answer, Ctrl-D leaves")])
 
 
-def _think(chat: Chat, rest: str) -> None:
+def _think(chat: Conversation, rest: str) -> None:
     if rest:
         chat.settings = chat.settings.changed("think", rest, "/think")
     level = chat.settings["think"]
@@ -54,34 +52,34 @@ def _think(chat: Chat, rest: str) -> None:
     chat.screen.note(f"Thinking is {f'at {effort}' if thinking else 'off'}{other}.")
 
 
-def _system(chat: Chat, rest: str) -> None:
+def _system(chat: Conversation, rest: str) -> None:
     if rest:
         chat.transcript.system = "" if rest.lower() == "off" else rest
     text = chat.transcript.system
     chat.screen.note(f"System prompt: {text}" if text else "There is no system prompt.")
 
 
-def _clear(chat: Chat, rest: str) -> None:
+def _clear(chat: Conversation, rest: str) -> None:
     chat.forget()
     chat.name = ""
     chat.screen.note("The conversation is forgotten; the system prompt stays." if chat.transcript.system else
                      "The conversation is forgotten.")
 
 
-def _regen(chat: Chat, rest: str) -> None:
+def _regen(chat: Conversation, rest: str) -> None:
     if not chat.transcript.question:
         raise UsageError("There is no question to answer again.")
     chat.regenerate()
 
 
-def _undo(chat: Chat, rest: str) -> None:
+def _undo(chat: Conversation, rest: str) -> None:
     question = chat.transcript.undo()
     if not question:
         raise UsageError("There is nothing to take back.")
     chat.screen.note(f"Taken back: {_short(question)}")
 
 
-def _save(chat: Chat, rest: str) -> None:
+def _save(chat: Conversation, rest: str) -> None:
     name = _wanted(rest or chat.name, "/save NAME")
     path = transcript.path_of(name)
     if path.exists() and name != chat.name:
@@ -90,7 +88,7 @@ def _save(chat: Chat, rest: str) -> None:
     chat.screen.note(f"Saved as {name}, and kept after every answer: {path}")
 
 
-def _load(chat: Chat, rest: str) -> None:
+def _load(chat: Conversation, rest: str) -> None:
     name = _wanted(rest, "/load NAME")
     loaded = transcript.load(transcript.path_of(name))
     chat.forget()
@@ -98,7 +96,7 @@ def _load(chat: Chat, rest: str) -> None:
     chat.screen.note(f"Loaded {name}: {_count(len(loaded.turns), 'message')}. {_last_words(loaded)}".rstrip())
 
 
-def _read(chat: Chat, rest: str) -> None:
+def _read(chat: Conversation, rest: str) -> None:
     try:
         words = shlex.split(rest)
     except ValueError:
@@ -124,7 +122,7 @@ def _text_of(file: Path) -> str:
         raise UsageError(f"{file} cannot be read: {error.strerror or error}.") from None
 
 
-def _status(chat: Chat, rest: str) -> None:
+def _status(chat: Conversation, rest: str) -> None:
     last = chat.last.last if chat.last else None
     used = chat.session.position
     rows = [("messages", str(len(chat.transcript.turns))),
@@ -137,7 +135,7 @@ def _status(chat: Chat, rest: str) -> None:
     chat.screen.table(rows)
 
 
-def _set(chat: Chat, rest: str) -> None:
+def _set(chat: Conversation, rest: str) -> None:
     name, _, value = rest.partition(" ")
     if not name:
         free = [key for key in chat.settings if key not in FIXED]
@@ -159,11 +157,11 @@ def _set(chat: Chat, rest: str) -> None:
     chat.screen.note(f"{name} is {_shown(chat.settings, name)}.")
 
 
-def _show(chat: Chat, rest: str) -> None:
+def _show(chat: Conversation, rest: str) -> None:
     chat.screen.table(chat.facts())
 
 
-def _bye(chat: Chat, rest: str) -> None:
+def _bye(chat: Conversation, rest: str) -> None:
     chat.leaving = True
 
 

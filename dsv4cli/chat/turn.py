@@ -1,6 +1,6 @@
 """One question put to the engine: settings become its arguments, records become a reply, Ctrl-C ends it politely.
 
-`run` and the chat both answer through `answer`; what they draw is up to the `show` they pass.
+`run` and the chat both answer through `answer`; what is drawn is up to the view they pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
     from dsv4cli.engine.records import Token
 
 Cancel = Callable[[], bool]
-Show = Callable[["Token"], None]
+
+
+class View(Protocol):
+    """Whoever draws an answer: `read` hears how many tokens of the prompt are computed, `show` gets every record."""
+
+    def read(self, done: int, whole: int) -> None: ...
+    def show(self, token: Token) -> None: ...
 
 
 class Engine(Protocol):
@@ -32,8 +38,9 @@ class Engine(Protocol):
     def release(self) -> str: ...
     @property
     def ctx(self) -> int: ...
+    @property
+    def chat(self) -> Callable[..., Iterator[Token]]: ...
     def session(self) -> Any: ...
-    def chat(self, messages: Sequence[dict[str, Any]], **options: Any) -> Iterator[Token]: ...
 
 
 @dataclass
@@ -68,9 +75,9 @@ def sampling(settings: Settings, attempt: int = 0) -> Sampling:
     return Sampling(**values)
 
 
-def answer(engine: Engine, messages: Sequence[dict[str, Any]], settings: Settings, show: Show, *, session: Any = None,
+def answer(engine: Engine, messages: Sequence[dict[str, Any]], settings: Settings, view: View, *, session: Any = None,
            attempt: int = 0) -> Reply:
-    """Streams the answer to `messages` through `show` and returns it whole.
+    """Streams the answer to `messages` through `view` and returns it whole.
 
     The first Ctrl-C asks the engine to stop after the token at hand; the second raises KeyboardInterrupt. Either way
     the session stays usable. Raises what the engine raises, as UsageError for a conversation longer than the context.
@@ -79,9 +86,9 @@ def answer(engine: Engine, messages: Sequence[dict[str, Any]], settings: Setting
     with stop_on_interrupt() as cancel:
         lengths = settings.chosen("max_tokens", "stop", "think_budget")
         for token in engine.chat(messages, think=settings["think"], sampling=sampling(settings, attempt),
-                                 session=session, cancel=cancel, **lengths):
+                                 session=session, cancel=cancel, progress=view.read, **lengths):
             reply.take(token)
-            show(token)
+            view.show(token)
     return reply
 
 

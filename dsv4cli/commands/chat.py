@@ -12,7 +12,7 @@ from dsv4cli.commands.options import TALKING, with_settings
 from dsv4cli.settings import Settings
 
 if TYPE_CHECKING:
-    from dsv4cli.chat.loop import Screen
+    from dsv4cli.chat.conversation import Screen
 
 
 @with_settings(*TALKING)
@@ -29,15 +29,16 @@ def chat(
     With stdin not a terminal, each line is a question and only the answers go to stdout.
     """
     from dsv4cli.chat import transcript
-    from dsv4cli.chat.loop import Chat
+    from dsv4cli.chat.conversation import Conversation
+    from dsv4cli.chat.loop import talk
     from dsv4cli.commands.opening import facts, open_engine
 
     path = transcript.path_of(session) if session else None
-    conversation = transcript.load(path) if path and path.exists() else transcript.Transcript()
+    said = transcript.load(path) if path and path.exists() else transcript.Transcript()
     if chosen["system"]:
-        conversation.system = chosen["system"]
+        said.system = chosen["system"]
     engine = open_engine(model or chosen["model"], chosen)
-    Chat(engine, screen(chosen), chosen, lambda: facts(engine, chosen), session or "", conversation).run()
+    talk(Conversation(engine, screen(chosen), chosen, lambda: facts(engine), session or "", said))
 
 
 def screen(chosen: Settings) -> Screen:

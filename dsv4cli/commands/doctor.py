@@ -27,13 +27,13 @@ def doctor(json: Json = False) -> None:
         console.print_json(sections)
         return
     for title, section in sections.items():
-        console.out().print(f"[name]{title}[/]")
+        print(console.bold(title))
         console.pairs([(name, _in_words(value)) for name, value in section.items()], indent="  ")
-        console.out().print()
+        print()
 
 
 def in_force() -> Section:
-    """Every setting with its value and origin; None where the engine's own default applies."""
+    """Every setting with its value and origin; None is not set, and whoever uses it has a default."""
     chosen = settings.load()
     return {name: {"value": chosen[name], "origin": chosen.origin(name)} for name in chosen}
 
@@ -54,7 +54,7 @@ def _in_words(value: Any) -> str:
 
     match value:
         case {"value": found, "origin": origin}:
-            return f"{'the engine decides' if found is None else _word(found)}  ({origin})"
+            return f"{'not set' if found is None else _word(found)}  ({origin})"
         case {"backend": name, "reason": reason}:
             return f"{name}: {reason}"
         case {"path": path, "free": free}:

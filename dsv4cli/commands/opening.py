@@ -20,7 +20,7 @@ def open_engine(model: str, chosen: Settings) -> Engine:
     return Engine.open(model, **chosen.chosen(*OPENING))
 
 
-def facts(engine: Engine, chosen: Settings) -> list[tuple[str, str]]:
+def facts(engine: Engine) -> list[tuple[str, str]]:
     """What a user wants to know before the first question, as names and values."""
     from dsv4cli.engine.memory import in_bytes
 
@@ -31,7 +31,7 @@ def facts(engine: Engine, chosen: Settings) -> list[tuple[str, str]]:
         ("release", engine.release),
         ("context", f"{plan.context:,} tokens"),
         ("memory", f"{in_bytes(plan.needed)}{available}: {plan.parts()}"),
-        ("numerics", engine.model.numerics),
+        ("numerics", engine.numerics),
         ("backend", backends(engine)),
     ]
 

@@ -18,11 +18,11 @@ TALKING = ("think", "system", *SAMPLING, *LENGTH, *OPENING, "stats", "quiet")
 
 SHORT = {"system": "-s", "quiet": "-q"}
 PANELS = {**dict.fromkeys(SAMPLING, "Sampling"), **dict.fromkeys(LENGTH, "Length"), **dict.fromkeys(OPENING, "Engine")}
-METAVARS = {"device": "auto|cpu", "system": "TEXT", "stop": "TEXT"}
+METAVARS = {str: "TEXT", int: "N", float: "X", list: "TEXT", bool: ""}
 
 Model = Annotated[str, typer.Argument(
     metavar="MODEL", help="A name (see dsv4 list), a checkpoint folder, a .gguf file, or owner/repo.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")]
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -51,11 +51,11 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
 
 def _option(name: str) -> inspect.Parameter:
     setting = settings.TABLE[name]
-    kind = list[str] if setting.kind is list else setting.kind
+    kind = {list: list[str], bool: bool}.get(setting.kind, str)  # numbers are read by the settings, as from any source
     shown = setting.help if setting.default in (None, False) else f"{setting.help} Default: {setting.default}."
     flags = [settings.flag(name), *([SHORT[name]] if name in SHORT else [])]
     option = typer.Option(*flags, help=shown, show_default=False, rich_help_panel=PANELS.get(name),
-                          metavar="|".join(setting.choices) or METAVARS.get(name))
+                          metavar="|".join(setting.choices) or METAVARS[setting.kind])
     return _keyword(name, Annotated[Optional[kind], option])  # noqa: UP045 - built at run time
 
 

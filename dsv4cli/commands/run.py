@@ -25,7 +25,7 @@ def run(
     words: Annotated[list[str] | None, typer.Argument(
         metavar="[MODEL] [PROMPT]", show_default=False,
         help="A single argument is the prompt, unless it names a model.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON record per token.")] = False,
+    json: Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON record per token.")] = False,
     *,
     chosen: Settings,
 ) -> None:
@@ -41,11 +41,11 @@ def run(
     messages = [{"role": "user", "content": prompt}]
     if chosen["system"]:
         messages.insert(0, {"role": "system", "content": chosen["system"]})
-    lines = plain.PlainTurn(chosen["quiet"])
+    view = _Records() if json else plain.PlainTurn(chosen["quiet"])
     try:
-        reply = turn.answer(engine, messages, chosen, _print_record if json else lines.show)
+        reply = turn.answer(engine, messages, chosen, view)
     finally:
-        lines.close()
+        view.close()
     _close(reply, chosen)
 
 
@@ -70,8 +70,15 @@ def record(token: Token) -> dict[str, Any]:
     return {name: getattr(token, name) for name in FIELDS}
 
 
-def _print_record(token: Token) -> None:
-    console.print_json_line(record(token))
+class _Records:
+    """The view of --json: every record as a line."""
+
+    def read(self, done: int, whole: int) -> None: ...
+
+    def show(self, token: Token) -> None:
+        console.print_json_line(record(token))
+
+    def close(self) -> None: ...
 
 
 def _close(reply: Reply, chosen: Settings) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 ROLES = ("embed", "head", "norm", "hc", "attention", "compressor", "indexer", "router", "shared_expert",
          "routed_expert", "mtp")
+STORED = {"I8": "FP4", "F8_E4M3": "FP8", "F8_E8M0": "E8M0 scales"}  # what the stored types of official files hold
 
 
 class Part(NamedTuple):
@@ -25,7 +26,7 @@ class Part(NamedTuple):
     role: str
     tensors: int
     nbytes: int
-    formats: str  # "F8_E4M3 96 %, BF16 4 %": by bytes
+    formats: str  # "FP8 96 %, BF16 4 %": by bytes
 
 
 def show(model: Model, json: Json = False) -> None:
@@ -90,10 +91,11 @@ def parts(header: Header) -> list[Part]:
 def _formats(tensors: Iterable[Any]) -> str:
     sizes: dict[str, int] = {}
     for tensor in tensors:
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+        kind = STORED.get(tensor.dtype, tensor.dtype)
+        sizes[kind] = sizes.get(kind, 0) + tensor.nbytes
     whole = sum(sizes.values()) or 1
     largest_first = sorted(sizes.items(), key=lambda item: -item[1])
-    return ", ".join(f"{dtype} {100 * size / whole:.0f} %" for dtype, size in largest_first)
+    return ", ".join(f"{kind} {100 * size / whole:.0f} %" for kind, size in largest_first)
 
 
 def _license(path: Path | None) -> str | None:
@@ -116,6 +118,6 @@ def _print(facts: dict[str, Any], numbers: dict[str, Any], groups: list[Part], j
     console.pairs([(name, str(value)) for name, value in {**facts, **numbers}.items() if value is not None])
     if groups:
         total = Part("total", sum(part.tensors for part in groups), sum(part.nbytes for part in groups), "")
-        console.out().print()
+        print()
         rows = [(part.role, f"{part.tensors:,}", in_bytes(part.nbytes), part.formats) for part in (*groups, total)]
         console.table(("ROLE", "TENSORS", "SIZE", "FORMATS"), rows, right=[1, 2])

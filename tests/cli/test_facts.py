@@ -1,0 +1,142 @@
+"""`list`, `show` and `doctor`: what they say about models and about the machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dsv4cli import paths
+from dsv4cli.commands import doctor, machine
+from tests.support.program import Outcome
+from tests.support.synth import Checkpoint, Shape
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Checkpoint(Shape(), seed=1).write(tmp_path_factory.mktemp("models") / "random")
+
+
+@pytest.fixture
+def checkpoint(written: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(written, tmp_path / "random")
+
+
+def test_show_counts_every_tensor_once(run_dsv4: Run, checkpoint: Path) -> None:
+    told = json.loads(run_dsv4("show", str(checkpoint), "--json").out)
+    index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+    assert sum(part["tensors"] for part in told["parts"]) == len(index["weight_map"])
+    assert sum(part["nbytes"] for part in told["parts"]) == index["metadata"]["total_size"]
+    assert "other" not in {part["role"] for part in told["parts"]}
+    assert told["path"] == str(checkpoint)
+    assert told["layout"] == "official"
+
+
+def test_show_tells_the_architecture(run_dsv4: Run, checkpoint: Path) -> None:
+    shown = run_dsv4("show", str(checkpoint))
+    assert shown.code == 0
+    lines = dict(line.split(None, 1) for line in shown.out.splitlines() if len(line.split(None, 1)) == 2)
+    assert lines["layers"] == "5 (2 window only, 2 ratio 4, 1 ratio 128; 1 hash-routed)"
+    assert lines["indexer"].split()[:2] == ["14", "823.6"]  # its line among the roles, below that of the architecture
+    assert lines["context"] == "1048576 tokens"
+    assert lines["routed_expert"].split() == ["240", "2.1", "MB", "FP4", "94", "%,", "E8M0", "scales", "6", "%"]
+    assert "license" not in lines  # nobody knows
+
+
+def test_show_finds_the_license_beside_the_weights(run_dsv4: Run, checkpoint: Path) -> None:
+    (checkpoint / "LICENSE").write_text("\nMIT License\n\nCopyright\n")
+    assert json.loads(run_dsv4("show", str(checkpoint), "--json").out)["license"] == "MIT License"
+
+
+def test_show_of_a_model_elsewhere_gives_what_is_published(run_dsv4: Run) -> None:
+    told = json.loads(run_dsv4("show", "flash@0731", "--json").out)
+    assert (told["path"], told["bytes"], told["tensors"], told["release"]) == (None, 166878536440, 72317, "0731")
+    assert told["architecture"] is None
+    assert "not on this machine" in run_dsv4("show", "pro").out
+
+
+@pytest.mark.parametrize(("harm", "code"), [
+    (lambda folder: (folder / "config.json").write_text("{"), 4),
+    (lambda folder: (folder / "config.json").write_text("{}"), None),
+    (lambda folder: next(folder.glob("*.safetensors")).unlink(), 4),
+    (lambda folder: next(folder.glob("*.safetensors")).write_bytes(b"12345678"), 4),
+    (lambda folder: _edit(folder, architectures=["DeepseekV41ForCausalLM"], model_type="deepseek_v41"), 1),
+    (lambda folder: _edit(folder, hidden_size=512), 4),
+])
+def test_damaged_and_foreign_models_are_one_sentence(run_dsv4: Run, checkpoint: Path, harm: Callable[[Path], object],
+                                                     code: int | None) -> None:
+    harm(checkpoint)
+    shown = run_dsv4("show", str(checkpoint))
+    assert shown.code == code if code else shown.code in (1, 4)
+    assert shown.err.startswith("error: ")
+    assert len(shown.err.splitlines()) <= 2
+    assert "unexpected" not in shown.err
+
+
+def _edit(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_v41_is_called_by_its_name(run_dsv4: Run, checkpoint: Path) -> None:
+    _edit(checkpoint, architectures=["DeepseekV41ForCausalLM"], model_type="deepseek_v41")
+    assert "V4.1" in run_dsv4("show", str(checkpoint)).err
+
+
+def test_list_shows_finished_models_only(run_dsv4: Run, checkpoint: Path) -> None:
+    paths.models().mkdir(parents=True)
+    mine = shutil.copytree(checkpoint, paths.models() / "mine")
+    shutil.copytree(checkpoint, paths.models() / "unfinished")
+    (mine / "manifest.json").write_text(json.dumps({"name": "mine", "release": "0731", "license": "MIT"}))
+    told = {entry["name"]: entry for entry in json.loads(run_dsv4("list", "--json").out)}
+    assert told["mine"]["path"] == str(mine)
+    assert told["mine"]["bytes"] == sum(file.stat().st_size for file in mine.glob("*.safetensors"))
+    assert "unfinished" not in told
+    assert run_dsv4("ls").out == run_dsv4("list").out
+    row = next(line for line in run_dsv4("list").out.splitlines() if line.startswith("mine"))
+    assert row.split()[-2:] == ["0731", str(mine)]
+
+
+def test_doctor_tells_values_with_their_origins(run_dsv4: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSV4_TEMP", "0.5")
+    told = json.loads(run_dsv4("doctor", "--json").out)
+    assert list(told) == ["versions", "cpu", "memory", "gpu", "paths", "settings", "backends"]
+    assert told["settings"]["temp"] == {"value": 0.5, "origin": "DSV4_TEMP"}
+    assert told["settings"]["think"] == {"value": "high", "origin": "default"}
+    assert told["paths"]["models"]["path"] == str(paths.models())
+    assert told["paths"]["models"]["free"] > 0
+    assert told["cpu"]["cores allowed"] >= 1
+    assert told["memory"]["available to a model"]["bytes"] <= told["memory"]["installed"]["bytes"]
+    assert all(choice["reason"] for choice in told["backends"].values())
+
+
+def test_doctor_is_readable(run_dsv4: Run) -> None:
+    shown = run_dsv4("doctor")
+    assert shown.code == 0
+    assert "  temp            not set  (default)" in shown.out
+    assert "moe on cpu        " in shown.out
+    assert "\x1b" not in shown.out
+
+
+def test_doctor_survives_a_machine_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_text", lambda path: "")
+    monkeypatch.setattr(machine, "_installed_memory", lambda: None)
+    assert machine.cpu()["instructions"] == []
+    assert machine.memory()["control group's limit"] == {"bytes": None}
+    assert doctor._in_words({"bytes": None}) == "unknown"
+
+
+@pytest.mark.parametrize(("files", "limit"), [
+    ({"/proc/self/cgroup": "0::/a/b\n", "/sys/fs/cgroup/a/b/memory.max": "max\n", "/sys/fs/cgroup/a/memory.max": "1000\n"}, 1000),
+    ({"/proc/self/cgroup": "5:cpu,memory:/x\n", "/sys/fs/cgroup/memory/x/memory.limit_in_bytes": "2000\n"}, 2000),
+    ({"/proc/self/cgroup": "5:memory:/\n", "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
+    ({}, None),
+])
+def test_control_groups_of_both_versions(monkeypatch: pytest.MonkeyPatch, files: dict[str, str], limit: int | None) -> None:
+    monkeypatch.setattr(machine, "_text", lambda path: files.get(str(path), ""))
+    assert machine._group_limit() == limit
