@@ -119,16 +119,14 @@ class Scribe:
         return pieces
 
     def _reason_to_end(self, token: int) -> Finish | None:
-        if token in self._stop_ids or self._stops.hit:
+        if token in self._stop_ids or self._stops.hit or self._parser.done:
             return "stop"
-        if self._parser.done:
-            return "tool_calls"
         if self._count == self._max_tokens or not self._session.room:
             return "length"
         return None
 
     def _last_records(self, token: int | None, pieces: list[Piece], finish: Finish) -> Iterator[Token]:
-        """What was held back comes out; calls that came to their end are the reason, whatever token followed them."""
+        """With what was held back. Calls are the reason for an end that was not forced."""
         pieces = [*pieces, *self._sorted(self._parser.finish(finish)), ("answer", self._stops.flush())]
         calls = self._parser.result.tool_calls
         self.finish = "tool_calls" if calls and finish == "stop" else finish
