@@ -172,16 +172,42 @@ def test_leaving_the_generator_leaves_a_usable_session() -> None:
     assert text_of(list(script.chat())) == "Hello!"
 
 
-def test_a_tool_call() -> None:
+def calling(*parts: str) -> Script:
+    """A script for a prompt that declares the weather tool."""
     script = Script()
     prompt = turn.prompt_of(script.engine, ASK, session=script.session, think="off", tools=WEATHER)
-    script.write(len(prompt.ids), script.encode("Let me look.", *CALL))
+    script.write(len(prompt.ids), script.encode(*parts))
+    return script
+
+
+def test_a_tool_call() -> None:
+    script = calling("Let me look.", *CALL)
     records = list(script.chat(tools=WEATHER))
     assert text_of(records) == "Let me look."
     assert records[-1].finish == "tool_calls"
     assert [call["function"] for call in records[-1].tool_calls] == [{"name": "weather", "arguments": '{"city": "Paris"}'}]
     assert text_of(records, "tool_call") == '{"city": "Paris"}'
     assert all(record.finish is None and not record.tool_calls for record in records[:-1])
+
+
+def test_text_held_back_for_a_stop_string_comes_out_before_a_call() -> None:
+    script = calling("Look#", *CALL)
+    records = list(script.chat(tools=WEATHER, stop=["##"]))
+    assert (text_of(records), records[-1].finish) == ("Look#", "tool_calls")
+    assert [record.id for record in records if record.id is not None] == script.encode("Look#", *CALL)
+
+
+def test_a_call_that_is_cut_off_keeps_its_open_arguments() -> None:
+    script = calling(*CALL[:7], "Par")
+    last = list(script.chat(tools=WEATHER, max_tokens=len(script.model.script)))[-1]
+    assert last.finish == "length"
+    assert last.tool_calls[0]["function"] == {"name": "weather", "arguments": '{"city": "Par'}
+
+
+def test_a_block_without_calls_is_no_reason_to_stop_for_calls() -> None:
+    script = calling("No.\n\n<", DSML, "tool_calls>\n</", DSML, "tool_calls>", "more")
+    records = list(script.chat(tools=WEATHER))
+    assert (text_of(records), records[-1].finish, records[-1].tool_calls) == ("No.", "stop", [])
 
 
 def test_placeholders_are_never_sampled() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from dsv4cli.encoding.segments import Text
 from dsv4cli.encoding.template import render
-from dsv4cli.encoding.texts import END_THINK
+from dsv4cli.encoding.texts import DSML, END_THINK
 from dsv4cli.encoding.tokenizer import Tokenizer
 from dsv4cli.engine import Sampling, turn
 from dsv4cli.engine.session import Session
@@ -71,6 +71,23 @@ def test_with_tools_the_reasoning_stays_and_nothing_is_computed_again() -> None:
     before = session.position
     talked = [asked("one"), told("first", "thoughts"), asked("two")]
     assert talk(session, talked, f"more{END_THINK}x", "high", tools=TOOLS)[2] == before
+
+
+def test_a_tool_round_extends_the_timeline() -> None:
+    """The call goes through JSON to the client and back; rendered again it is what the model wrote, newline by newline."""
+    session = engine_of(Scripted()).session()
+    block = ("\n\n<", DSML, "tool_calls>\n<", DSML, 'invoke name="f">\n<', DSML, 'parameter name="n" string="false">',
+             "2</", DSML, "parameter>\n</", DSML, "invoke>\n</", DSML, "tool_calls>")
+    known, model = session.engine.tokenizer, session.engine.model
+    assert isinstance(model, Scripted)
+    ids = [token for part in block for token in ([known.control(DSML)] if part == DSML else known.encode_text(part))]
+    start = len(turn.prompt_of(session.engine, [asked("one")], session=session, think="off", tools=TOOLS).ids)
+    model.script = {start + place: token for place, token in enumerate(ids)}
+    greedy = Sampling(temperature=0)
+    last = list(session.engine.chat([asked("one")], session=session, think="off", sampling=greedy, tools=TOOLS))[-1]
+    before = session.position
+    history = [asked("one"), told("") | {"tool_calls": last.tool_calls}, {"role": "tool", "content": "4"}]
+    assert talk(session, history, "four", "off", tools=TOOLS) == ("", "four", before)
 
 
 def test_the_same_question_again_is_free() -> None:
