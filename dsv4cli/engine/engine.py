@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Engine:
     release: str  # "april" or "0731": which chat format the weights were trained on
     plan: MemoryPlan
     fingerprint: str  # of configuration, weights and numerics: what a saved session must match
+    sampling: Sampling = field(default_factory=Sampling)  # what the model's authors recommend, where a request says nothing
 
     @classmethod
     def open(cls, model: str | Path = "tiny", *, numerics: str = "official", device: str = "auto",
@@ -53,7 +54,8 @@ class Engine:
         source = open_source(entry.located())
         plan = opening.plan_of(source, entry.name, ctx, numerics)
         return cls(entry.name, Model.bind(source, numerics=numerics), opening.tokenizer_of(source, entry.name),
-                   release_of(entry, source.metadata, release), plan, opening.fingerprint_of(source, numerics))
+                   release_of(entry, source.metadata, release), plan, opening.fingerprint_of(source, numerics),
+                   opening.sampling_of(source))
 
     @property
     def config(self) -> ModelConfig:
@@ -78,18 +80,19 @@ class Engine:
         return Session(self)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, think: str = "high",
-             tools: Sequence[dict[str, Any]] | None = None, sampling: Sampling = Sampling(),
+             tools: Sequence[dict[str, Any]] | None = None, sampling: Sampling | None = None,
              max_tokens: int | None = None, stop: Sequence[str] = (), think_budget: int | None = None,
              session: Session | None = None, cancel: Cancel | None = None,
              progress: Progress | None = None) -> Iterator[Token]:
         """Answers a conversation in OpenAI's message shape; yields one record per token, the last one with `finish`.
 
-        think: off, low, high or max (or an alias of the API); tools: OpenAI's tool objects; stop: strings that end the
-        answer. With a session, whatever the conversation shares with the session's timeline is not computed again. The
-        other arguments are those of `stream.generate`. A bad request raises here, before the first record.
+        think: off, low, high or max (or an alias of the API); tools: OpenAI's tool objects; sampling: None for what the
+        model's authors recommend; stop: strings that end the answer. With a session, whatever the conversation shares
+        with the session's timeline is not computed again. The other arguments are those of `stream.generate`. A bad
+        request raises here, before the first record.
         """
         return turn.answer(self, [dict(message) for message in messages], session=session or self.session(),
-                           think=think, tools=tools, sampling=sampling, max_tokens=max_tokens, stop=stop,
+                           think=think, tools=tools, sampling=sampling or self.sampling, max_tokens=max_tokens, stop=stop,
                            think_budget=think_budget, cancel=cancel, progress=progress)
 
     def check_ids(self, ids: Sequence[int], after: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""What opening a model takes beside its weights: memory plan, tokenizer, and a fingerprint for saved sessions."""
+"""What opening a model takes beside its weights: memory plan, tokenizer, sampling, a fingerprint for saved sessions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from dsv4_quant.files import Source
 from dsv4_quant.schema import gguf_tensors
 from dsv4cli.encoding.tokenizer import Tokenizer
 from dsv4cli.engine.memory import MemoryPlan, available_memory, plan_memory
+from dsv4cli.engine.sampling import Sampling
 from dsv4cli.engine.session import PREFILL_CHUNK
-from dsv4cli.errors import CorruptError
+from dsv4cli.errors import CorruptError, UsageError
 from dsv4cli.model.state import State
 from dsv4cli.model.transformer import EXPAND_LIMIT
+
+RECOMMENDED = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty")  # keys of generation_config.json
 
 
 def plan_of(source: Source, name: str, ctx: int | None, numerics: str) -> MemoryPlan:
@@ -56,6 +59,25 @@ def tokenizer_of(source: Source, name: str) -> Tokenizer:
         raise CorruptError(f"The tokenizer of {name} has {tokenizer.vocab_size} ids, but the model only "
                            f"{source.config.vocab_size}.", "Use the tokenizer.json that belongs to the checkpoint.")
     return tokenizer
+
+
+def sampling_of(source: Source) -> Sampling:
+    """What the model's authors recommend in generation_config.json; Sampling's own defaults where they say nothing.
+
+    Raises CorruptError for a file that cannot be read or values that cannot be meant.
+    """
+    path = source.path / "generation_config.json"
+    if not path.is_file():
+        return Sampling()
+    hint = "Take the generation_config.json that belongs to the checkpoint, or remove it."
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        values = {name: said[name] for name in RECOMMENDED if said.get(name) is not None}
+        return Sampling(**values if said.get("do_sample", True) else {"temperature": 0})
+    except UsageError as error:
+        raise CorruptError(f"{path}: {error.message}", hint) from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CorruptError(f"{path} cannot be read: {error}.", hint) from error
 
 
 def fingerprint_of(source: Source, numerics: str) -> str:

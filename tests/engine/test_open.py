@@ -11,7 +11,7 @@ import torch
 
 from dsv4_quant.errors import QuantError
 from dsv4cli import Engine
-from dsv4cli.engine import evaluate, opening
+from dsv4cli.engine import Sampling, evaluate, opening
 from dsv4cli.engine.memory import DEFAULT_CONTEXT
 from dsv4cli.errors import CapacityError, CorruptError, UsageError
 from dsv4cli.model.state import State
@@ -152,6 +152,31 @@ def test_the_release_is_read_from_the_models_own_words(folder: Path, monkeypatch
         assert Engine.open(folder).release == "april"
     finally:
         readme.unlink()
+
+
+@pytest.mark.parametrize(("said", "expected"), [
+    ({"do_sample": True, "temperature": 0.7, "top_p": 0.95, "eos_token_id": 1}, Sampling(temperature=0.7, top_p=0.95)),
+    ({"do_sample": False, "temperature": 0.7}, Sampling(temperature=0)),
+    ({"top_k": None}, Sampling()),
+])
+def test_the_authors_recommend_the_sampling(folder: Path, said: dict[str, object], expected: Sampling) -> None:
+    config = folder / "generation_config.json"
+    config.write_text(json.dumps(said))
+    try:
+        assert Engine.open(folder).sampling == expected
+    finally:
+        config.unlink()
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '{"temperature": "hot"}', '{"top_p": 7}'])
+def test_a_broken_recommendation_is_named(folder: Path, broken: str) -> None:
+    config = folder / "generation_config.json"
+    config.write_text(broken)
+    try:
+        with pytest.raises(CorruptError, match=r"generation_config\.json"):
+            Engine.open(folder)
+    finally:
+        config.unlink()
 
 
 def test_a_checkpoint_without_its_tokenizer(folder: Path) -> None:
