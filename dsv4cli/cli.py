@@ -79,7 +79,8 @@ def explain(error: BaseException) -> int:
         console.report(error.message, error.hint)
         return error.exit_code
     if isinstance(error, typer.TyperException):  # an option, argument or command that is not there
-        console.report(*_misused(error))
+        if error.format_message():  # without arguments the help was printed, and that is all
+            console.report(*_misused(error))
         return 2
     if isinstance(error, BrokenPipeError):  # the reader left (`| head`): nothing to say, now or when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -101,8 +102,9 @@ def _misused(error: typer.TyperException) -> tuple[str, str]:
     options = getattr(error, "possibilities", None)
     if options:
         sentence, guess = error.message, " or ".join(sorted(options))
-    general = "dsv4 --help lists the commands, dsv4 COMMAND --help the options."
-    return f"{sentence.rstrip('.')}.", f"Did you mean {guess.rstrip('.?')}?" if guess else general
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "dsv4"
+    return f"{sentence.rstrip('.')}.", f"Did you mean {guess.rstrip('.?')}?" if guess else f"See {command} --help."
 
 
 def _without_debug(arguments: list[str]) -> tuple[list[str], bool]:

@@ -97,6 +97,19 @@ def bold(text: str) -> str:
 
 
 @contextmanager
+def working(text: str, quiet: bool) -> Iterator[None]:
+    """Says on a terminal's stderr what takes a moment, and takes it back."""
+    shown = coloured(sys.stderr) and not quiet
+    if shown:
+        print(f"\x1b[2m{text}\x1b[22m", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on stderr for (done, all); None, so that nobody reports, when it would disturb."""
     if quiet or not coloured(sys.stderr):

@@ -33,7 +33,7 @@ class Screen(Protocol):
 class Conversation:
     """What `loop` and the slash commands act on.
 
-    facts    what the header and /show say about the model
+    facts    what the header says about the model; details: what /show says
     name     under which the conversation is kept after every turn; "" while it has none
     """
 
@@ -41,6 +41,7 @@ class Conversation:
     screen: Screen
     settings: Settings
     facts: Callable[[], Facts] = list
+    details: Callable[[], Facts] = list
     name: str = ""
     transcript: Transcript = field(default_factory=Transcript)
     attached: str = ""  # from /read, waiting for its question

@@ -15,7 +15,7 @@ from rich.text import Text
 from dsv4cli import console
 from dsv4cli.chat import markdown
 from dsv4cli.chat.region import Region, silent_keys
-from dsv4cli.chat.turn import View, describe_call
+from dsv4cli.chat.turn import View, describe_call, tokens
 from dsv4cli.errors import Dsv4Error
 
 if TYPE_CHECKING:
@@ -141,8 +141,7 @@ class _Turn:
         return [*([Text()] if self._blocks else []), markdown.Block(self._tail)]
 
     def _clock(self) -> str:
-        unit = "token" if self._thoughts == 1 else "tokens"
-        return f"{time.monotonic() - self._since:.0f} s, {self._thoughts} {unit}"
+        return f"{time.monotonic() - self._since:.0f} s, {tokens(self._thoughts)}"
 
 
 def _grid(rows: list[tuple[str, str]]) -> Table:

@@ -126,7 +126,7 @@ def _status(chat: Conversation, rest: str) -> None:
     last = chat.last.last if chat.last else None
     used = chat.session.position
     rows = [("messages", str(len(chat.transcript.turns))),
-            ("context", f"{used} of {chat.engine.ctx} tokens used, {chat.engine.ctx - used} free"),
+            ("context", f"{used:,} of {turn.tokens(chat.engine.ctx)} used, {chat.engine.ctx - used:,} free"),
             ("thinking", chat.settings["think"]),
             ("system", chat.transcript.system or "none"),
             ("saved as", chat.name or "not saved")]
@@ -158,7 +158,7 @@ def _set(chat: Conversation, rest: str) -> None:
 
 
 def _show(chat: Conversation, rest: str) -> None:
-    chat.screen.table(chat.facts())
+    chat.screen.table(chat.details())
 
 
 def _bye(chat: Conversation, rest: str) -> None:
@@ -196,7 +196,7 @@ def _shown(chosen: settings.Settings, name: str) -> str:
         return "on" if value else "off"
     if isinstance(value, tuple):
         return ", ".join(map(repr, value))
-    return "default" if value is None else str(value)
+    return "default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _last_words(loaded: transcript.Transcript) -> str:

@@ -95,9 +95,13 @@ def answer(engine: Engine, messages: Sequence[dict[str, Any]], settings: Setting
 def rates(token: Token) -> str:
     """One line on how fast it went: 'prompt 45 tokens (30 cached), 120.0 tok/s · answer 57 tokens, 33.1 tok/s'."""
     cached = f" ({token.cached_tokens} cached)" if token.cached_tokens else ""
-    count = token.index + 1
-    return (f"prompt {token.prompt_tokens} tokens{cached}, {token.prompt_tok_s:.1f} tok/s · "
-            f"answer {count} {'token' if count == 1 else 'tokens'}, {token.decode_tok_s:.1f} tok/s")
+    speed = f", {token.prompt_tok_s:.1f} tok/s" if token.cached_tokens < token.prompt_tokens else ""
+    prompt, count = tokens(token.prompt_tokens), tokens(token.index + 1)
+    return f"prompt {prompt}{cached}{speed} · answer {count}, {token.decode_tok_s:.1f} tok/s"
+
+
+def tokens(count: int) -> str:
+    return f"{count:,} token{'' if count == 1 else 's'}"
 
 
 def describe_call(call: dict[str, Any]) -> str:

@@ -31,14 +31,17 @@ def chat(
     from dsv4cli.chat import transcript
     from dsv4cli.chat.conversation import Conversation
     from dsv4cli.chat.loop import talk
-    from dsv4cli.commands.opening import facts, open_engine
+    from dsv4cli.commands import opening
 
     path = transcript.path_of(session) if session else None
     said = transcript.load(path) if path and path.exists() else transcript.Transcript()
     if chosen["system"]:
         said.system = chosen["system"]
-    engine = open_engine(model or chosen["model"], chosen)
-    talk(Conversation(engine, screen(chosen), chosen, lambda: facts(engine), session or "", said))
+    model = model or chosen["model"]
+    chosen = opening.suited(chosen, model)
+    engine = opening.open_engine(model, chosen)
+    talk(Conversation(engine, screen(chosen), chosen, lambda: opening.facts(engine), lambda: opening.details(engine),
+                      session or "", said))
 
 
 def screen(chosen: Settings) -> Screen:

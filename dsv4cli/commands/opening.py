@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dsv4cli import console
 from dsv4cli.commands.options import OPENING
-from dsv4cli.registry import catalog
+from dsv4cli.commands.show import architecture
+from dsv4cli.registry import catalog, store
 from dsv4cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -14,10 +16,18 @@ if TYPE_CHECKING:
 
 def open_engine(model: str, chosen: Settings) -> Engine:
     """Opens `model`; what nobody chose is left to the engine. Here torch is imported, after the name was found good."""
-    catalog.resolve(model).located()
-    from dsv4cli.engine import Engine
+    entry = catalog.resolve(model)
+    entry.located()
+    with console.working(f"opening {entry.name}…", chosen["quiet"]):
+        from dsv4cli.engine import Engine
 
-    return Engine.open(model, **chosen.chosen(*OPENING))
+        return Engine.open(model, **chosen.chosen(*OPENING))
+
+
+def suited(chosen: Settings, model: str) -> Settings:
+    """The settings with the model's own sampling where nobody chose otherwise."""
+    path = catalog.resolve(model).located()
+    return chosen.suggested(store.sampling_of(path), f"{path.name}/generation_config.json")
 
 
 def facts(engine: Engine) -> list[tuple[str, str]]:
@@ -30,10 +40,15 @@ def facts(engine: Engine) -> list[tuple[str, str]]:
         ("model", engine.name),
         ("release", engine.release),
         ("context", f"{plan.context:,} tokens"),
-        ("memory", f"{in_bytes(plan.needed)}{available}: {plan.parts()}"),
+        ("memory", f"{in_bytes(plan.needed)}{available}"),
         ("numerics", engine.numerics),
         ("backend", backends(engine)),
     ]
+
+
+def details(engine: Engine) -> list[tuple[str, str]]:
+    """The facts with the whole memory plan and the architecture."""
+    return [*facts(engine), ("memory plan", engine.plan.parts()), *architecture(engine.config).items()]
 
 
 def backends(engine: Any) -> str:

@@ -35,9 +35,10 @@ def run(
     """
     model, prompt = asked(words or [], console.stdin_text(), chosen["model"])
     from dsv4cli.chat import plain, turn
-    from dsv4cli.commands.opening import open_engine
+    from dsv4cli.commands import opening
 
-    engine = open_engine(model, chosen)
+    chosen = opening.suited(chosen, model)
+    engine = opening.open_engine(model, chosen)
     messages = [{"role": "user", "content": prompt}]
     if chosen["system"]:
         messages.insert(0, {"role": "system", "content": chosen["system"]})

@@ -64,8 +64,8 @@ def architecture(config: ModelConfig) -> dict[str, Any]:
         "indexer": f"{config.index_n_heads} heads of {config.index_head_dim}, top {config.index_topk}",
         "experts": f"{config.n_routed_experts} of width {config.moe_intermediate_size}, {config.num_experts_per_tok} "
                    f"active, {config.n_shared_experts} shared",
-        "vocabulary": f"{config.vocab_size} tokens",
-        "context": f"{config.max_position_embeddings} tokens",
+        "vocabulary": f"{config.vocab_size:,} tokens",
+        "longest context": f"{config.max_position_embeddings:,} tokens",
         "extra stages": f"{config.stages}",
     }
 

@@ -67,7 +67,8 @@ def talk() -> Talk:
     def run(lines: Sequence[str | type[BaseException]], engine: FakeEngine | None = None, interactive: bool = True,
             **flags: object) -> tuple[Conversation, Recorder]:
         screen = Recorder(list(lines), interactive)
-        chat = Conversation(engine or FakeEngine(), screen, settings.load(flags), lambda: [("model", "fake")])
+        chat = Conversation(engine or FakeEngine(), screen, settings.load(flags), lambda: [("model", "fake")],
+                            lambda: [("layers", "none")])
         loop(chat)
         return chat, screen
 

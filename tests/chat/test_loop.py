@@ -132,8 +132,8 @@ def test_stats_on_request(talk: Talk) -> None:
 def test_status_and_show(talk: Talk) -> None:
     _, screen = talk(["hello", "/status", "/show"])
     assert screen.tables[1]["messages"] == "2"
-    assert screen.tables[1]["context"] == "10 of 1000 tokens used, 990 free"
-    assert screen.tables[2] == {"model": "fake"}
+    assert screen.tables[1]["context"] == "10 of 1,000 tokens used, 990 free"
+    assert (screen.tables[0], screen.tables[2]) == ({"model": "fake"}, {"layers": "none"})
 
 
 def test_read_joins_a_file_to_the_next_message_or_asks_at_once(talk: Talk, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_show_tells_the_architecture(run_dsv4: Run, checkpoint: Path) -> None:
     lines = dict(line.split(None, 1) for line in shown.out.splitlines() if len(line.split(None, 1)) == 2)
     assert lines["layers"] == "5 (2 window only, 2 ratio 4, 1 ratio 128; 1 hash-routed)"
     assert lines["indexer"].split()[:2] == ["14", "823.6"]  # its line among the roles, below that of the architecture
-    assert lines["context"] == "1048576 tokens"
+    assert lines["longest"] == "context  1,048,576 tokens"
     assert lines["routed_expert"].split() == ["240", "2.1", "MB", "FP4", "94", "%,", "E8M0", "scales", "6", "%"]
     assert "license" not in lines  # nobody knows
 

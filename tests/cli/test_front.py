@@ -66,7 +66,7 @@ def test_help_lists_what_works_and_nothing_else(run_dsv4: Run) -> None:
 
 @pytest.mark.parametrize(("arguments", "sentence", "hint"), [
     (["lst"], "No such command 'lst'.", "Did you mean 'list', 'ls'?"),
-    (["frobnicate"], "No such command 'frobnicate'.", "dsv4 --help lists the commands"),
+    (["frobnicate"], "No such command 'frobnicate'.", "See dsv4 --help."),
     (["run", "--tmp", "3", "x"], "No such option: --tmp.", "--temp"),
     (["run", "--temp"], "Option '--temp' requires an argument.", ""),
     (["run", "--temp", "warm", "x"], "--temp is 'warm', but it must be a number from 0 to 100.", ""),
@@ -74,7 +74,7 @@ def test_help_lists_what_works_and_nothing_else(run_dsv4: Run) -> None:
     (["run", "--think", "hard", "x"], "--think is 'hard', but it must be off, low, high or max.", ""),
     (["run", "--think", "off", "--effort", "high", "x"], "--think off and --effort high contradict each other.", ""),
     (["run", "--numerics", "exact", "x"], "--numerics is 'exact', but it must be plain or official.", ""),
-    (["show"], "Missing argument 'MODEL'.", ""),
+    (["show"], "Missing argument 'MODEL'.", "See dsv4 show --help."),
     (["chat", "flsh"], "There is no model called flsh.", "flash"),
     (["chat", "./none"], "There is no folder or file ./none.", ""),
     (["run"], "There is no prompt.", 'dsv4 run tiny "'),
@@ -138,3 +138,9 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 
 def test_help_is_plain_without_a_terminal(run_dsv4: Run) -> None:
     assert "\x1b" not in run_dsv4("run", "--help").out
+
+
+def test_without_a_command_the_help_is_shown_and_nothing_complained_about(run_dsv4: Run) -> None:
+    shown = run_dsv4()
+    assert (shown.code, shown.err) == (2, "")
+    assert "Usage: dsv4" in shown.out

@@ -52,7 +52,7 @@ def test_the_answer_goes_to_stdout_and_the_reasoning_to_stderr(run_dsv4: Run, fa
 def test_quiet_and_stats(run_dsv4: Run, fake_engine: FakeEngine) -> None:
     assert run_dsv4("run", "-q", "hello").err == ""
     shown = run_dsv4("run", "hello", "--stats", "--think", "off")
-    assert (shown.out, shown.err) == ("You said: hello\n", "prompt 1 tokens, 2.0 tok/s · answer 3 tokens, 40.0 tok/s\n")
+    assert (shown.out, shown.err) == ("You said: hello\n", "prompt 1 token, 2.0 tok/s · answer 3 tokens, 40.0 tok/s\n")
 
 
 def test_options_reach_the_engine(run_dsv4: Run, fake_engine: FakeEngine) -> None:

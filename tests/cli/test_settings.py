@@ -87,6 +87,15 @@ def test_changing_makes_another() -> None:
         before.changed("tmep", "1", "/set")
 
 
+def test_the_model_is_heard_where_nobody_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DSV4_TOP_P", "0.5")
+    chosen = settings.load().suggested({"temp": 0.6, "top_p": 0.95}, "generation_config.json")
+    assert (chosen["temp"], chosen.origin("temp")) == (0.6, "generation_config.json")
+    assert (chosen["top_p"], chosen.origin("top_p")) == (0.5, "DSV4_TOP_P")
+    with pytest.raises(UsageError, match=r"generation_config\.json is -1, but"):
+        settings.load().suggested({"temp": -1}, "generation_config.json")
+
+
 def test_the_sampler_takes_every_sampling_setting() -> None:
     chosen = settings.load({"temp": 0.5, "top_p": 0.9, "min_p": 0.1, "top_k": 7, "repeat_penalty": 1.1, "seed": 3})
     made = turn.sampling(chosen)
