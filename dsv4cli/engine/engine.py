@@ -1,20 +1,16 @@
-"""The Engine: a loaded model with its tokenizer and its memory plan. Nothing in it changes after opening."""
+"""The Engine: opens a model, begins sessions, answers conversations. Nothing in it changes after opening."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dsv4_quant.config import ModelConfig
 from dsv4_quant.files import open_source
-from dsv4cli.encoding.tokenizer import Tokenizer
 from dsv4cli.engine import opening, turn
-from dsv4cli.engine.memory import MemoryPlan
+from dsv4cli.engine.loaded import Loaded
 from dsv4cli.engine.records import Token
 from dsv4cli.engine.release import release_of
 from dsv4cli.engine.sampling import Sampling
@@ -26,17 +22,8 @@ from dsv4cli.model.transformer import Model
 from dsv4cli.registry import catalog
 
 
-@dataclass(frozen=True)
-class Engine:
+class Engine(Loaded):
     """A loaded model. `session()` begins a timeline over it, `chat()` answers a conversation."""
-
-    name: str
-    model: Model
-    tokenizer: Tokenizer
-    release: str  # "april" or "0731": which chat format the weights were trained on
-    plan: MemoryPlan
-    fingerprint: str  # of configuration, weights and numerics: what a saved session must match
-    sampling: Sampling = field(default_factory=Sampling)  # what the model's authors recommend, where a request says nothing
 
     @classmethod
     def open(cls, model: str | Path = "tiny", *, numerics: str = "official", device: str = "auto",
@@ -57,24 +44,6 @@ class Engine:
                    release_of(entry, source.metadata, release), plan, opening.fingerprint_of(source, numerics),
                    opening.sampling_of(source))
 
-    @property
-    def config(self) -> ModelConfig:
-        return self.model.config
-
-    @property
-    def numerics(self) -> str:
-        return self.model.numerics.name
-
-    @property
-    def ctx(self) -> int:
-        """The context in tokens: prompt and answer together."""
-        return self.plan.context
-
-    @cached_property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights as held."""
-        return self.model.weight_bytes
-
     def session(self) -> Session:
         """A new, empty timeline."""
         return Session(self)
@@ -94,19 +63,6 @@ class Engine:
         return turn.answer(self, [dict(message) for message in messages], session=session or self.session(),
                            think=think, tools=tools, sampling=sampling or self.sampling, max_tokens=max_tokens, stop=stop,
                            think_budget=think_budget, cancel=cancel, progress=progress)
-
-    def check_ids(self, ids: Sequence[int], after: int = 0) -> None:
-        """Raises UsageError unless there are ids, all are in the vocabulary, and they fit behind `after` others."""
-        if not ids:
-            raise UsageError("The prompt is empty.", "Give at least one token.")
-        if after + len(ids) > self.ctx:
-            raise UsageError(f"{after + len(ids)} tokens do not fit into the context of {self.ctx}.",
-                             "Open the model with a larger --ctx, shorten the prompt, or /clear the conversation.")
-        size = self.config.vocab_size
-        stranger = next((token for token in ids if not 0 <= token < size), None)
-        if stranger is not None:
-            raise UsageError(f"Token id {stranger} is outside the vocabulary of {size}.",
-                             f"Ids go from 0 to {size - 1}.")
 
 
 def _demand_cpu(device: str) -> None:

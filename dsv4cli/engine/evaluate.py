@@ -6,24 +6,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dsv4cli.engine.atomic import whole_file
+from dsv4cli.engine.loaded import Loaded
 from dsv4cli.errors import UsageError
-
-if TYPE_CHECKING:
-    from dsv4cli.engine.engine import Engine
 
 CHUNK = 128  # tokens per forward: the logits of 512 would be 265 MB on the published models
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens to do)
 
 
-def write_logits(engine: Engine, ids: Sequence[int], out: str | Path, *, chunk: int = CHUNK,
+def write_logits(engine: Loaded, ids: Sequence[int], out: str | Path, *, chunk: int = CHUNK,
                  progress: Progress | None = None) -> None:
     """Writes float32 logits [tokens, vocab] of `ids` to `out` (.npy), a chunk at a time, at once or not at all.
 
@@ -41,7 +38,7 @@ def write_logits(engine: Engine, ids: Sequence[int], out: str | Path, *, chunk: 
                 progress(done, len(ids))
 
 
-def logits_of(engine: Engine, ids: Sequence[int], *, chunk: int = CHUNK) -> Iterator[Tensor]:
+def logits_of(engine: Loaded, ids: Sequence[int], *, chunk: int = CHUNK) -> Iterator[Tensor]:
     """Yields float32 logits [<= chunk, vocab] until all of `ids` have theirs. The ids are checked at once."""
     if chunk < 1:
         raise UsageError(f"A chunk of {chunk} tokens was asked for.", "Choose 1 or more.")
@@ -49,7 +46,7 @@ def logits_of(engine: Engine, ids: Sequence[int], *, chunk: int = CHUNK) -> Iter
     return _logits(engine, ids, chunk)
 
 
-def _logits(engine: Engine, ids: Sequence[int], chunk: int) -> Iterator[Tensor]:
+def _logits(engine: Loaded, ids: Sequence[int], chunk: int) -> Iterator[Tensor]:
     state = engine.model.new_state(len(ids))
     for start in range(0, len(ids), chunk):
         yield engine.model.forward(torch.tensor(ids[start:start + chunk]), state, logits="all").float().cpu()
@@ -68,7 +65,7 @@ class Perplexity:
         return math.exp(self.nll)
 
 
-def perplexity(engine: Engine, ids: Sequence[int], *, window: int = 2048, stride: int | None = None, chunk: int = CHUNK,
+def perplexity(engine: Loaded, ids: Sequence[int], *, window: int = 2048, stride: int | None = None, chunk: int = CHUNK,
                progress: Progress | None = None) -> Perplexity:
     """Perplexity over `ids` (the text's tokens, without BOS) in windows of `window` tokens, a new one every `stride`.
 
@@ -98,7 +95,7 @@ def perplexity(engine: Engine, ids: Sequence[int], *, window: int = 2048, stride
     return Perplexity(len(nll), float(nll.mean()), error)
 
 
-def _losses(engine: Engine, piece: Sequence[int], chunk: int) -> Tensor:
+def _losses(engine: Loaded, piece: Sequence[int], chunk: int) -> Tensor:
     """Negative log-likelihood [len(piece)], float64, of each token after BOS and those before it."""
     inputs = [engine.config.bos_token_id, *piece[:-1]]
     rows = logits_of(engine, inputs, chunk=chunk)

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dsv4cli.engine import sessionfile
+from dsv4cli.engine.loaded import Loaded
 from dsv4cli.engine.snapshots import Mark, Shelf
 from dsv4cli.errors import Interrupted, UsageError
 from dsv4cli.model.state import Snapshot
-
-if TYPE_CHECKING:
-    from dsv4cli.engine.engine import Engine
 
 PREFILL_CHUNK = 512  # tokens computed between two looks at `cancel`
 MOST_MARKS = 12
@@ -32,7 +29,7 @@ Cancel = Callable[[], bool]
 class Session:
     """One mutable timeline over an Engine. Not thread-safe; an Engine may have many."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Loaded) -> None:
         self.engine = engine
         self.ids: list[int] = []
         self.reused = 0  # tokens that the last sync did not have to compute

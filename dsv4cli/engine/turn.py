@@ -9,21 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dsv4cli.encoding import texts
 from dsv4cli.encoding.parser import CompletionParser
 from dsv4cli.encoding.segments import Control, Rendered, Text
 from dsv4cli.encoding.template import render, think_level
 from dsv4cli.encoding.tokenizer import Tokenizer
+from dsv4cli.engine.loaded import Loaded
 from dsv4cli.engine.records import Token
 from dsv4cli.engine.sampler import make_sampler
 from dsv4cli.engine.sampling import Sampling
 from dsv4cli.engine.session import Progress, Session
 from dsv4cli.engine.stream import Cancel, generate
-
-if TYPE_CHECKING:
-    from dsv4cli.engine.engine import Engine
 
 Message = dict[str, Any]
 SPEECH = (texts.THINK, texts.END_THINK, texts.DSML)  # after these the model's own words follow
@@ -41,7 +39,7 @@ class Prompt:
     effort: str | None
 
 
-def answer(engine: Engine, messages: Sequence[Message], *, session: Session, think: str,
+def answer(engine: Loaded, messages: Sequence[Message], *, session: Session, think: str,
            tools: Sequence[Message] | None, sampling: Sampling, max_tokens: int | None, stop: Sequence[str],
            think_budget: int | None, cancel: Cancel | None, progress: Progress | None) -> Iterator[Token]:
     """Renders `messages` and streams the answer. A bad request is refused here, not at the first token."""
@@ -54,7 +52,7 @@ def answer(engine: Engine, messages: Sequence[Message], *, session: Session, thi
                     marks=prompt.marks, progress=progress)
 
 
-def prompt_of(engine: Engine, messages: Sequence[Message], *, session: Session, think: str,
+def prompt_of(engine: Loaded, messages: Sequence[Message], *, session: Session, think: str,
               tools: Sequence[Message] | None) -> Prompt:
     """The prompt for an answer to `messages`, spelled as far as possible like the session's timeline."""
     thinking, effort = think_level(think, engine.release)
@@ -79,7 +77,7 @@ def default_max_tokens(prompt: Prompt) -> int:
     return 131_072 if prompt.effort == "max" else 65_536
 
 
-def unsayable(engine: Engine) -> list[int]:
+def unsayable(engine: Loaded) -> list[int]:
     """Ids that no answer contains: placeholders, images, task tokens, and the padding behind the vocabulary."""
     known = engine.tokenizer
     sayable = {known.control(spelling) for spelling in SAYABLE}
