@@ -1,7 +1,8 @@
 """What the user may choose: a table of settings, and the values in force with their origins.
 
-A value comes from, weakest first: the default, the model's generation_config.json, config.toml, the environment (DSV4_TOP_P for top_p), a flag (--top-p),
-and in the chat from /set. `None` means that nobody chose: the engine's own default applies, which is written there.
+A value comes from, weakest first: the default, config.toml, the environment (DSV4_TOP_P for top_p), a flag (--top-p),
+and in the chat from /set. `None` means that nobody chose: then the engine decides, for sampling by what the model's authors
+recommend.
 """
 
 from __future__ import annotations
@@ -118,14 +119,6 @@ class Settings(Mapping[str, Any]):
     def changed(self, name: str, raw: Any, where: str) -> Settings:
         """These settings with one other value; raises UsageError for an unknown name or a value out of range."""
         return Settings({**self._values, name: Value(lookup(name, TABLE).parse(raw, where), where)})
-
-    def suggested(self, values: Mapping[str, Any], where: str) -> Settings:
-        """These settings with `values` wherever nobody chose: a model knows better than a default, the user better still."""
-        chosen = self
-        for name, raw in values.items():
-            if self.origin(name) == "default":
-                chosen = chosen.changed(name, raw, where)
-        return chosen
 
     def without(self, name: str) -> Settings:
         """These settings with `name` back at its default."""

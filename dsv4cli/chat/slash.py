@@ -139,7 +139,7 @@ def _set(chat: Conversation, rest: str) -> None:
     name, _, value = rest.partition(" ")
     if not name:
         free = [key for key in chat.settings if key not in FIXED]
-        chat.screen.table([(key, _shown(chat.settings, key)) for key in free])
+        chat.screen.table([(key, _shown(chat, key)) for key in free])
         return
     settings.lookup(name, settings.TABLE)
     if name in FIXED:
@@ -152,9 +152,9 @@ def _set(chat: Conversation, rest: str) -> None:
         value = value.strip()
         before = chat.settings
         chosen = before.without(name) if value == "default" else before.changed(name, value, f"/set {name}")
-        turn.sampling(chosen)  # refuses what the sampler would refuse, now and not in the middle of the next answer
+        turn.sampling(chat.engine, chosen)  # refuses what the sampler would refuse, now and not in the middle of the next answer
         chat.settings = chosen
-    chat.screen.note(f"{name} is {_shown(chat.settings, name)}.")
+    chat.screen.note(f"{name} is {_shown(chat, name)}.")
 
 
 def _show(chat: Conversation, rest: str) -> None:
@@ -190,13 +190,15 @@ def _wanted(name: str, usage: str) -> str:
     return name
 
 
-def _shown(chosen: settings.Settings, name: str) -> str:
-    value = chosen[name]
+def _shown(chat: Conversation, name: str) -> str:
+    value = chat.settings[name]
+    if value is None and name in turn.SAMPLING:
+        value = getattr(chat.engine.sampling, turn.SAMPLING[name])
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
         return ", ".join(map(repr, value))
-    return "default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    return "not set" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _last_words(loaded: transcript.Transcript) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from dsv4cli.engine.records import Token
 
 Cancel = Callable[[], bool]
+SAMPLING = {"temp": "temperature", "top_p": "top_p", "min_p": "min_p", "top_k": "top_k",
+            "repeat_penalty": "repetition_penalty", "seed": "seed"}  # a setting's name -> Sampling's
 
 
 class View(Protocol):
@@ -38,6 +40,8 @@ class Engine(Protocol):
     def release(self) -> str: ...
     @property
     def ctx(self) -> int: ...
+    @property
+    def sampling(self) -> Sampling: ...
     @property
     def chat(self) -> Callable[..., Iterator[Token]]: ...
     def session(self) -> Any: ...
@@ -65,14 +69,15 @@ class Reply:
         return self.last is None or self.last.finish in (None, "cancelled")
 
 
-def sampling(settings: Settings, attempt: int = 0) -> Sampling:
-    """The sampling that was chosen. Another attempt at a question moves a fixed seed, or it would say the same."""
-    names = {"temp": "temperature", "top_p": "top_p", "min_p": "min_p", "top_k": "top_k",
-             "repeat_penalty": "repetition_penalty", "seed": "seed"}
-    values = {names[name]: value for name, value in settings.chosen(*names).items()}
+def sampling(engine: Engine, settings: Settings, attempt: int = 0) -> Sampling:
+    """What was chosen, over what the model's authors recommend.
+
+    Another attempt at a question moves a fixed seed, or it would say the same. Raises UsageError for an impossible value.
+    """
+    values = {SAMPLING[name]: value for name, value in settings.chosen(*SAMPLING).items()}
     if attempt and "seed" in values:
         values["seed"] += attempt
-    return Sampling(**values)
+    return replace(engine.sampling, **values)
 
 
 def answer(engine: Engine, messages: Sequence[dict[str, Any]], settings: Settings, view: View, *, session: Any = None,
@@ -85,7 +90,7 @@ def answer(engine: Engine, messages: Sequence[dict[str, Any]], settings: Setting
     reply = Reply()
     with stop_on_interrupt() as cancel:
         lengths = settings.chosen("max_tokens", "stop", "think_budget")
-        for token in engine.chat(messages, think=settings["think"], sampling=sampling(settings, attempt),
+        for token in engine.chat(messages, think=settings["think"], sampling=sampling(engine, settings, attempt),
                                  session=session, cancel=cancel, progress=view.read, **lengths):
             reply.take(token)
             view.show(token)

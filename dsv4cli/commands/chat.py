@@ -37,9 +37,7 @@ def chat(
     said = transcript.load(path) if path and path.exists() else transcript.Transcript()
     if chosen["system"]:
         said.system = chosen["system"]
-    model = model or chosen["model"]
-    chosen = opening.suited(chosen, model)
-    engine = opening.open_engine(model, chosen)
+    engine = opening.open_engine(model or chosen["model"], chosen)
     talk(Conversation(engine, screen(chosen), chosen, lambda: opening.facts(engine), lambda: opening.details(engine),
                       session or "", said))
 

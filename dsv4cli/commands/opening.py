@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dsv4cli import console
 from dsv4cli.commands.options import OPENING
 from dsv4cli.commands.show import architecture
-from dsv4cli.registry import catalog, store
+from dsv4cli.registry import catalog
 from dsv4cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -22,12 +22,6 @@ def open_engine(model: str, chosen: Settings) -> Engine:
         from dsv4cli.engine import Engine
 
         return Engine.open(model, **chosen.chosen(*OPENING))
-
-
-def suited(chosen: Settings, model: str) -> Settings:
-    """The settings with the model's own sampling where nobody chose otherwise."""
-    path = catalog.resolve(model).located()
-    return chosen.suggested(store.sampling_of(path), f"{path.name}/generation_config.json")
 
 
 def facts(engine: Engine) -> list[tuple[str, str]]:

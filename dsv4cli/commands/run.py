@@ -37,7 +37,6 @@ def run(
     from dsv4cli.chat import plain, turn
     from dsv4cli.commands import opening
 
-    chosen = opening.suited(chosen, model)
     engine = opening.open_engine(model, chosen)
     messages = [{"role": "user", "content": prompt}]
     if chosen["system"]:

@@ -11,13 +11,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dsv4cli import paths
-from dsv4cli.errors import CorruptError, UsageError
+from dsv4cli.errors import UsageError
 
 MANIFEST = "manifest.json"
-GENERATION = {"temperature": "temp", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p", "repetition_penalty": "repeat_penalty"}
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.(safetensors|gguf)$")
 
 
@@ -82,25 +80,6 @@ def size(path: Path) -> int:
         parts = path.parent.glob(f"{path.name[:match.start()]}-*-of-{match[2]}.gguf")
         return sum(file.stat().st_size for file in parts)
     return path.stat().st_size
-
-
-def sampling_of(path: Path) -> dict[str, Any]:
-    """How a model's makers sample it, by setting name: what generation_config.json says. {} if it says nothing.
-
-    Raises CorruptError for a file that cannot be read; the values are whatever it holds.
-    """
-    file = path / "generation_config.json"
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except ValueError as error:
-        raise CorruptError(f"{file} is damaged: {error}.", "Get it again, or delete it.") from None
-    if not isinstance(said, dict):
-        raise CorruptError(f"{file} is not a JSON object.", "Get it again, or delete it.")
-    if said.get("do_sample") is False:
-        return {"temp": 0.0}
-    return {ours: said[theirs] for theirs, ours in GENERATION.items() if said.get(theirs) is not None}
 
 
 def _main(folder: Path) -> str | None:

@@ -108,7 +108,7 @@ def test_set_shows_changes_and_resets(talk: Talk) -> None:
     chat, screen = talk(["/set temp 0.5", "/set top_p", "a", "/set temp default", "b", "/set max_tokens 3", "c", "/set"])
     assert [call["sampling"].temperature for call in chat.engine.calls] == [0.5, 1.0, 1.0]
     assert [call["max_tokens"] for call in chat.engine.calls] == [None, None, 3]
-    assert screen.notes[:2] == ["temp is 0.5.", "top_p is default."]
+    assert screen.notes[:2] == ["temp is 0.5.", "top_p is 1."]
     assert screen.tables[-1]["max_tokens"] == "3"
 
 

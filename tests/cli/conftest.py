@@ -20,6 +20,5 @@ def run_dsv4(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 def fake_engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     engine = FakeEngine()
     monkeypatch.setattr(opening, "open_engine", lambda model, chosen: engine)
-    monkeypatch.setattr(opening, "suited", lambda chosen, model: chosen)
     monkeypatch.setattr(opening, "facts", lambda engine: [("model", "fake")])
     return engine

@@ -11,6 +11,7 @@ from dsv4cli import paths, settings
 from dsv4cli.chat import turn
 from dsv4cli.engine.sampling import Sampling
 from dsv4cli.errors import UsageError
+from tests.support.fake_engine import FakeEngine
 
 
 def write_config(text: str) -> Path:
@@ -87,20 +88,17 @@ def test_changing_makes_another() -> None:
         before.changed("tmep", "1", "/set")
 
 
-def test_the_model_is_heard_where_nobody_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DSV4_TOP_P", "0.5")
-    chosen = settings.load().suggested({"temp": 0.6, "top_p": 0.95}, "generation_config.json")
-    assert (chosen["temp"], chosen.origin("temp")) == (0.6, "generation_config.json")
-    assert (chosen["top_p"], chosen.origin("top_p")) == (0.5, "DSV4_TOP_P")
-    with pytest.raises(UsageError, match=r"generation_config\.json is -1, but"):
-        settings.load().suggested({"temp": -1}, "generation_config.json")
-
-
 def test_the_sampler_takes_every_sampling_setting() -> None:
     chosen = settings.load({"temp": 0.5, "top_p": 0.9, "min_p": 0.1, "top_k": 7, "repeat_penalty": 1.1, "seed": 3})
-    made = turn.sampling(chosen)
+    made = turn.sampling(FakeEngine(), chosen)
     assert made == Sampling(temperature=0.5, top_p=0.9, min_p=0.1, top_k=7, repetition_penalty=1.1, seed=3)
-    assert turn.sampling(settings.load()) == Sampling()
+    assert turn.sampling(FakeEngine(), settings.load()) == Sampling()
+
+
+def test_the_models_own_sampling_holds_where_nobody_chose() -> None:
+    engine = FakeEngine(sampling=Sampling(temperature=0.3, top_p=0.9))
+    assert turn.sampling(engine, settings.load({"top_p": 0.5})) == Sampling(temperature=0.3, top_p=0.5)
+    assert turn.sampling(engine, settings.load({"seed": 3}), attempt=2).seed == 5
 
 
 def test_no_variable_of_a_setting_is_also_the_variable_of_a_folder() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsv4cli import paths
-from dsv4cli.errors import CorruptError, Dsv4Error, UsageError
+from dsv4cli.errors import Dsv4Error, UsageError
 from dsv4cli.registry import catalog, store
 
 FLASH = "deepseek-ai/DeepSeek-V4-Flash"
@@ -179,23 +179,6 @@ def test_paths_and_cached_repos_surely_mean_a_model(tmp_path: Path) -> None:
     assert catalog.names_model(str(folder))
     assert catalog.names_model("a/b")
     assert not catalog.names_model(str(tmp_path))
-
-
-@pytest.mark.parametrize(("text", "found"), [
-    (None, {}), ('{"temperature": 0.6, "top_p": 1.0, "eos_token_id": 1}', {"temp": 0.6, "top_p": 1.0}),
-    ('{"do_sample": false, "temperature": 0.6}', {"temp": 0.0})])
-def test_how_a_models_makers_sample_it(tmp_path: Path, text: str | None, found: dict[str, float]) -> None:
-    if text:
-        (tmp_path / "generation_config.json").write_text(text)
-    assert store.sampling_of(tmp_path) == found
-    assert store.sampling_of(tmp_path / "model.gguf") == {}
-
-
-@pytest.mark.parametrize("text", ["{", "[]", ""])
-def test_a_damaged_generation_config_is_named(tmp_path: Path, text: str) -> None:
-    (tmp_path / "generation_config.json").write_text(text)
-    with pytest.raises(CorruptError, match=r"generation_config\.json"):
-        store.sampling_of(tmp_path)
 
 
 def test_size_counts_all_parts(tmp_path: Path) -> None:

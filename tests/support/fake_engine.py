@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsv4cli.engine.records import Token
+from dsv4cli.engine.sampling import Sampling
 from dsv4cli.errors import UsageError
 
 Message = dict[str, Any]
@@ -32,6 +33,7 @@ class FakeEngine:
     name: str = "fake"
     release: str = "april"
     ctx: int = 1000
+    sampling: Sampling = field(default_factory=Sampling)
     calls: list[dict[str, Any]] = field(default_factory=list)
 
     def session(self) -> FakeSession:
@@ -40,6 +42,7 @@ class FakeEngine:
     def chat(self, messages: Sequence[Message], *, think: str = "high", session: FakeSession | None = None,
              cancel: Callable[[], bool] | None = None, progress: Callable[[int, int], None] | None = None,
              max_tokens: int | None = None, **options: Any) -> Iterator[Token]:
+        """As dsv4cli.engine.Engine.chat."""
         asked = [dict(message) for message in messages]
         self.calls.append({"messages": asked, "think": think, "max_tokens": max_tokens, **options})
         prompt = sum(len(message["content"].split()) for message in messages)
