@@ -11,6 +11,7 @@ import torch
 from dsv4_quant.files import open_source
 from dsv4cli.engine import opening, turn
 from dsv4cli.engine.loaded import Loaded
+from dsv4cli.engine.memory import MemoryPlan
 from dsv4cli.engine.records import Token
 from dsv4cli.engine.release import release_of
 from dsv4cli.engine.sampling import Sampling
@@ -21,6 +22,8 @@ from dsv4cli.model.numerics import numerics_named
 from dsv4cli.model.transformer import Model
 from dsv4cli.registry import catalog
 
+ONE_THREAD = 128_000_000  # bytes of float32 weights; below it, one thread is the fastest
+
 
 class Engine(Loaded):
     """A loaded model. `session()` begins a timeline over it, `chat()` answers a conversation."""
@@ -30,16 +33,18 @@ class Engine(Loaded):
              threads: int | None = None, ctx: int | None = None, release: str | None = None) -> Engine:
         """Opens a model by alias, checkpoint folder or .gguf path.
 
-        ctx None chooses the longest usual context that fits; threads None leaves torch's own choice. Raises UsageError
-        (unknown name, bad value), CapacityError with both numbers before anything is loaded that does not fit, and
-        what the reader raises for a damaged or unknown file.
+        ctx None chooses the longest usual context that fits. threads are torch's, so they hold for the whole process;
+        None leaves torch's own choice, but 1 for a very small model. Raises UsageError (unknown name, bad value),
+        CapacityError with both numbers before anything is loaded that does not fit, and what the reader raises for a
+        damaged or unknown file.
         """
         numerics_named(numerics)
         _demand_cpu(device)
-        _use_threads(threads)
+        _demand_threads(threads)
         entry = catalog.resolve(str(model))
         source = open_source(entry.located())
         plan = opening.plan_of(source, entry.name, ctx, numerics)
+        _use_threads(threads, plan)
         return cls(entry.name, Model.bind(source, numerics=numerics), opening.tokenizer_of(source, entry.name),
                    release_of(entry, source.metadata, release), plan, opening.fingerprint_of(source, numerics),
                    opening.sampling_of(source))
@@ -73,8 +78,14 @@ def _demand_cpu(device: str) -> None:
         raise UsageError(f"There is no device {device!r}.", "Choose auto, cpu or cuda.")
 
 
-def _use_threads(threads: int | None) -> None:
+def _demand_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise UsageError(f"{threads} threads cannot compute anything.", "Choose --threads 1 or more.")
+
+
+def _use_threads(threads: int | None, plan: MemoryPlan) -> None:
+    """A very small model's products are shorter than the wait for a second thread (seen: 85 tokens/s became 3)."""
     if threads is not None:
-        if threads < 1:
-            raise UsageError(f"{threads} threads cannot compute anything.", "Choose --threads 1 or more.")
         torch.set_num_threads(threads)
+    elif 0 < plan.expanded < ONE_THREAD:
+        torch.set_num_threads(1)

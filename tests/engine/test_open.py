@@ -142,6 +142,18 @@ def test_bad_options_are_refused(folder: Path, options: dict[str, object], said:
         Engine.open(folder, **options)  # type: ignore[arg-type]
 
 
+def test_threads(folder: Path) -> None:
+    """A very small model gets one thread unless told otherwise: the others would only wait for each other."""
+    before = torch.get_num_threads()
+    try:
+        Engine.open(folder, threads=3)
+        assert torch.get_num_threads() == 3
+        Engine.open(folder)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_release_is_read_from_the_models_own_words(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = folder / "README.md"
     readme.write_text("# DeepSeek-V4-Flash-0731\n")
