@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -10,6 +10,50 @@ from dsv4_quant.errors import CorruptFile, UnsupportedModel
 
 MODEL_TYPE = "deepseek_v4"
 RATIOS = (0, 4, 128)  # window only, overlapping groups with an indexer, long groups
+ROW_BLOCK = 32  # matrices are stored in blocks of 32 along their rows
+HINT = "Use the config.json that belongs to the checkpoint."
+
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "tuple[int, ...]": "a list of whole numbers",
+    "RopeScaling": "an object",
+}
+
+# Keys that all DeepSeek-V4 models share: what computes another function must not run as if it did not.
+CONSTANTS: dict[str, Any] = {
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_key_value_heads": 1,
+    "scoring_func": "sqrtsoftplus",
+    "tie_word_embeddings": False,
+    "topk_method": "noaux_tc",
+}
+# The smallest and largest sensible value, for everything that loops, lists of tensors or allocations grow with.
+LIMITS: dict[str, tuple[int, int]] = {
+    "vocab_size": (1, 1 << 24),
+    "hidden_size": (ROW_BLOCK, 1 << 20),
+    "moe_intermediate_size": (ROW_BLOCK, 1 << 20),
+    "num_hidden_layers": (1, 1024),
+    "num_hash_layers": (0, 1024),
+    "num_attention_heads": (1, 1 << 14),
+    "head_dim": (2, 1 << 14),
+    "qk_rope_head_dim": (2, 1 << 14),
+    "q_lora_rank": (1, 1 << 20),
+    "o_groups": (1, 1 << 14),
+    "o_lora_rank": (1, 1 << 20),
+    "n_routed_experts": (1, 1 << 14),
+    "num_experts_per_tok": (1, 1 << 14),
+    "sliding_window": (1, 1 << 24),
+    "max_position_embeddings": (1, 1 << 31),
+    "hc_mult": (1, 64),
+    "hc_sinkhorn_iters": (1, 1000),
+    "index_n_heads": (1, 1 << 14),
+    "index_head_dim": (2, 1 << 14),
+    "index_topk": (1, 1 << 24),
+}
 
 
 @dataclass(frozen=True)
@@ -70,14 +114,17 @@ class ModelConfig:
         contradicts another.
         """
         _check_architecture(data, origin)
+        for name, value in CONSTANTS.items():
+            if data.get(name, value) != value:
+                raise UnsupportedModel(
+                    f"{origin}: {name} is {data[name]!r}, not {value!r}.", "dsv4 runs DeepSeek-V4 only."
+                )
         values = {}
         for field in fields(cls):
             if field.name in data:
                 values[field.name] = _value(field.name, str(field.type), data[field.name], origin)
             elif field.default is MISSING:
-                raise CorruptFile(
-                    f"{origin} has no {field.name}.", "Use the config.json that belongs to the checkpoint."
-                )
+                raise CorruptFile(f"{origin} has no {field.name}.", HINT)
         config = cls(**values)
         config._check(origin)
         return config
@@ -96,31 +143,34 @@ class ModelConfig:
         return len(self.compress_ratios) - self.num_hidden_layers
 
     def _check(self, origin: str) -> None:
-        hint = "Use the config.json that belongs to the checkpoint."
+        """Raises CorruptFile for values that no model can have or that contradict each other."""
+        for name, (least, most) in LIMITS.items():
+            if not least <= getattr(self, name) <= most:
+                raise CorruptFile(f"{origin}: {name} is {getattr(self, name)}; {least} to {most} can be.", HINT)
+        problem = next(self._contradictions(), None)
+        if problem is not None:
+            raise CorruptFile(f"{origin}: {problem}.", HINT)
+
+    def _contradictions(self) -> Iterator[str]:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if str(field.type) in ("int", "float") and value < 0:
-                raise CorruptFile(f"{origin}: {field.name} is {value}.", hint)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "o_groups",
-                     "n_routed_experts", "num_experts_per_tok", "hc_mult", "sliding_window"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise CorruptFile(f"{origin}: {name} is {getattr(self, name)}.", hint)
+            if str(field.type) in ("int", "float") and getattr(self, field.name) < 0:
+                yield f"{field.name} is {getattr(self, field.name)}"
         if self.stages < 0:
-            raise CorruptFile(
-                f"{origin}: compress_ratios has {len(self.compress_ratios)} entries for {self.num_hidden_layers} layers.",
-                hint,
-            )
-        odd = [ratio for ratio in self.compress_ratios if ratio not in RATIOS]
-        if odd:
-            raise CorruptFile(f"{origin}: compress_ratios has {odd[0]}; only {RATIOS} are known.", hint)
+            yield f"compress_ratios has {len(self.compress_ratios)} entries for {self.num_hidden_layers} layers"
+        for ratio in self.compress_ratios:
+            if ratio not in RATIOS:
+                yield f"compress_ratios has {ratio}; only {', '.join(map(str, RATIOS))} are known"
+        for name in ("hidden_size", "moe_intermediate_size"):
+            if getattr(self, name) % ROW_BLOCK:
+                yield f"{name} is {getattr(self, name)}, not a multiple of {ROW_BLOCK}"
         if self.num_attention_heads % self.o_groups:
-            raise CorruptFile(f"{origin}: {self.num_attention_heads} heads do not make {self.o_groups} o_groups.", hint)
+            yield f"{self.num_attention_heads} heads do not make {self.o_groups} o_groups"
         if self.num_experts_per_tok > self.n_routed_experts:
-            raise CorruptFile(
-                f"{origin}: {self.num_experts_per_tok} of {self.n_routed_experts} experts per token.", hint
-            )
+            yield f"a token takes {self.num_experts_per_tok} experts of {self.n_routed_experts}"
         if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > min(self.head_dim, self.index_head_dim):
-            raise CorruptFile(f"{origin}: qk_rope_head_dim is {self.qk_rope_head_dim}.", hint)
+            yield f"qk_rope_head_dim is {self.qk_rope_head_dim} in heads of {self.head_dim} and {self.index_head_dim}"
+        if self.rope_scaling.factor <= 0 or self.rope_scaling.original_max_position_embeddings < 1:
+            yield f"rope_scaling is {self.rope_scaling}"
 
 
 def _check_architecture(data: Mapping[str, Any], origin: str) -> None:
@@ -139,12 +189,12 @@ def _check_architecture(data: Mapping[str, Any], origin: str) -> None:
 
 
 def _value(name: str, kind: str, value: Any, origin: str) -> Any:
-    """A JSON value as the field's type."""
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind == "int" and numeric and int(value) == value:
-        return int(value)
-    if kind == "float" and numeric:
-        return float(value)
+    """A JSON value as the field's type. JSON also brings NaN, Infinity and integers of any length."""
+    number = _number(value)
+    if kind == "int" and number is not None and int(number) == number:
+        return int(number)
+    if kind == "float" and number is not None:
+        return float(number)
     if kind == "tuple[int, ...]" and isinstance(value, (list, tuple)) and all(type(v) is int for v in value):
         return tuple(value)
     if kind == "RopeScaling" and isinstance(value, Mapping):
@@ -154,6 +204,11 @@ def _value(name: str, kind: str, value: Any, origin: str) -> Any:
                 raise CorruptFile(f"{origin}: rope_scaling has no {field.name}.", "V4 needs YaRN's four numbers.")
             parts[field.name] = _value(f"rope_scaling.{field.name}", str(field.type), value[field.name], origin)
         return RopeScaling(**parts)
-    raise CorruptFile(
-        f"{origin}: {name} is {value!r}, not {kind}.", "Use the config.json that belongs to the checkpoint."
-    )
+    raise CorruptFile(f"{origin}: {name} is {value!r}, not {KINDS[kind]}.", HINT)
+
+
+def _number(value: Any) -> int | float | None:
+    """`value` if it is a finite number of ordinary size."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    return value if abs(value) < 1e18 else None

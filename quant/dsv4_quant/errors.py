@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONGEST = 600  # characters of a message: a hostile file may call a tensor by a name of megabytes
+
 
 class QuantError(Exception):
     """A failure that the user can understand."""
@@ -9,8 +11,8 @@ class QuantError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = _printable(message)
+        super().__init__(self.message)
         self.hint = hint
 
 
@@ -22,3 +24,10 @@ class CorruptFile(QuantError):  # noqa: N818 - the name says what the file is
 
 class UnsupportedModel(QuantError):  # noqa: N818
     """A model of another architecture."""
+
+
+def _printable(message: str) -> str:
+    """One line that is safe on a terminal, whatever names and values out of the file stand in it."""
+    if len(message) > LONGEST:
+        message = f"{message[: LONGEST * 2 // 3]} ... {message[-LONGEST // 3 :]}"
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in message)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal, Protocol
 
 from dsv4_quant.config import ModelConfig
@@ -248,12 +249,10 @@ def gguf_name(official: str) -> tuple[str, int | None]:
 
 
 def gguf_tensors(config: ModelConfig) -> Iterator[GgufSpec]:
-    """The trunk as a GGUF lists it."""
-    stacks: dict[str, list[TensorSpec]] = {}
-    for spec in tensors(config, Variant()):
-        if not spec.name.endswith(".scale"):
-            stacks.setdefault(gguf_name(spec.name)[0], []).append(spec)
-    for name, specs in stacks.items():
+    """The trunk as a GGUF lists it; the experts of a stack follow each other in the official list as well."""
+    weights = (spec for spec in tensors(config, Variant()) if not spec.name.endswith(".scale"))
+    for name, stack in groupby(weights, key=lambda spec: gguf_name(spec.name)[0]):
+        specs = list(stack)
         first = specs[0]
         shape = (first.shape[0], 2 * first.shape[1]) if first.dtype == "I8" else first.shape
         stacked = first.expert is not None
@@ -291,26 +290,48 @@ class Found(Protocol):
 def check_official(found: Mapping[str, Found], config: ModelConfig, origin: str) -> list[str]:
     """Compares a checkpoint with its configuration; returns names that nobody expects (they are ignored).
 
-    Raises CorruptFile for a tensor that is missing, or of another shape. Vision tensors, a router bias in
-    hash layers and drafting stages that the configuration does not list are tolerated.
+    Raises CorruptFile for a tensor that is missing, of another shape, or of a type that cannot stand there. Vision tensors,
+    a router bias in hash layers and drafting stages that the configuration does not list are tolerated.
     """
-    expected = {spec.name: spec for spec in tensors(config, Variant.of({name: t.dtype for name, t in found.items()}))}
-    for name, spec in expected.items():
-        _compare(name, spec.shape, found, origin)
+    variant = Variant.of({name: tensor.dtype for name, tensor in found.items()})
+    expected = set()
+    for spec in tensors(config, variant):  # stops at the first that is missing, however many a hostile config asks for
+        _compare(spec.name, spec.shape, stored_as(spec), found, origin)
+        expected.add(spec.name)
     return [name for name in found if name not in expected and not name.startswith(IGNORED_PREFIXES)]
 
 
 def check_gguf(found: Mapping[str, Found], config: ModelConfig, origin: str) -> list[str]:
-    """As `check_official`, for a GGUF's names and shapes."""
-    expected = {spec.name: spec for spec in gguf_tensors(config)}
-    for name, spec in expected.items():
-        _compare(name, spec.shape, found, origin)
+    """As `check_official`, for a GGUF's names and shapes. Any of its number formats may stand anywhere."""
+    expected = set()
+    for spec in gguf_tensors(config):
+        _compare(spec.name, spec.shape, TABLE_TYPES if spec.official[0].endswith("tid2eid") else (), found, origin)
+        expected.add(spec.name)
     return [name for name in found if name not in expected]
 
 
-def _compare(name: str, shape: tuple[int, ...], found: Mapping[str, Found], origin: str) -> None:
+PLAIN_TYPES = ("BF16", "F32", "F16")
+TABLE_TYPES = ("I64", "I32", "i32", "i64")  # official, and a GGUF's
+
+
+def stored_as(spec: TensorSpec) -> tuple[str, ...]:
+    """The types that may stand where the official checkpoints have `spec.dtype`: other plain ones, other scales."""
+    if spec.name.endswith(".scale"):
+        return ("F8_E8M0", "F32", "U8")  # U8: E8M0 bytes written by a library that did not know the type yet
+    if spec.dtype in PLAIN_TYPES:
+        return PLAIN_TYPES
+    return TABLE_TYPES if spec.dtype == "I64" else (spec.dtype,)
+
+
+def _compare(
+    name: str, shape: tuple[int, ...], types: tuple[str, ...], found: Mapping[str, Found], origin: str
+) -> None:
+    """Raises CorruptFile unless `name` is there, in `shape` and one of `types` (none given: any)."""
     hint = "The file does not belong to its configuration, or is incomplete; get it again."
     if name not in found:
         raise CorruptFile(f"{origin} has no tensor {name}.", hint)
-    if tuple(found[name].shape) != shape:
-        raise CorruptFile(f"{origin}: {name} has shape {list(found[name].shape)}; {list(shape)} is needed.", hint)
+    tensor = found[name]
+    if tuple(tensor.shape) != shape:
+        raise CorruptFile(f"{origin}: {name} has shape {list(tensor.shape)}; {list(shape)} is needed.", hint)
+    if types and tensor.dtype not in types:
+        raise CorruptFile(f"{origin}: {name} is stored as {tensor.dtype}; {types[0]} is needed.", hint)

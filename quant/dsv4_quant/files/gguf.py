@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4_quant.errors import CorruptFile
+from dsv4_quant.errors import CorruptFile, UnsupportedModel
 from dsv4_quant.files.gguf_tokenizer import tokenizer_json
 from dsv4_quant.files.headers import Header, TensorInfo
 from dsv4_quant.files.mapping import map_file, typed_view
-from dsv4_quant.formats import Packed
+from dsv4_quant.formats import FORMATS, Packed
 from dsv4_quant.schema import gguf_name
 
 DTYPES = {
@@ -52,13 +52,17 @@ class GgufSource:
             )
         stored, expert = gguf_name(name)
         info = self._tensors[stored]
+        if info.dtype not in FORMATS:
+            raise UnsupportedModel(
+                f"{info.file}: {stored} is stored as {info.dtype}.", "A newer gguf package may know it."
+            )
         view, shape = self._view(info), info.shape
         if expert is not None:
             view, shape = view[expert], shape[1:]
         return Packed(info.dtype, shape, view)
 
     def tokenizer(self) -> dict[str, Any] | None:
-        return tokenizer_json(self.metadata)
+        return tokenizer_json(self.metadata, str(self.path))
 
     def close(self) -> None:
         self._views.clear()

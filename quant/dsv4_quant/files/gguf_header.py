@@ -19,6 +19,7 @@ from dsv4_quant.files.info import DAMAGED, TensorInfo, check_layout
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 LARGEST_ALIGNMENT = 1 << 20
+LARGEST_ARRAY = 1 << 24  # entries; the longest real one has a token an entry
 MOST_DIMENSIONS = 4
 
 # ggml's number of a type -> name, elements a block, bytes a block.
@@ -47,11 +48,13 @@ class Part:
 def read_parts(path: Path) -> list[Part]:
     """The file, or all files of a split model of which `path` is the first. Raises CorruptFile and UnsupportedModel."""
     first = read(path)
-    count = int(first.metadata.get("split.count", 1) or 1)
+    count = first.metadata.get("split.count", 1)
+    if not isinstance(count, int):
+        raise CorruptFile(f"{path}: split.count is {count!r}.", DAMAGED)
     if count <= 1:
         return [first]
     match = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path.name)
-    if match is None or int(match[2]) != count:
+    if match is None or int(match[2]) != count or first.metadata.get("split.no", 0) != 0:
         raise CorruptFile(
             f"{path} is part of a model split into {count}.", f"Give its first part, ...-00001-of-{count:05d}.gguf."
         )
@@ -157,12 +160,28 @@ class _Reader:
         if kind != ARRAY:
             raise CorruptFile(f"{self.path}: the value of {key} has type {kind}.", DAMAGED)
         inner, count = self.number("I"), self.number("Q")
+        if count > LARGEST_ARRAY:
+            raise CorruptFile(f"{self.path}: {key} has {count} entries.", DAMAGED)
         if inner in SCALARS:
             return self.numbers(SCALARS[inner], count, key)
-        self.expect(count * 8, f"{key} with {count} entries")
         if inner != STRING:
             raise CorruptFile(f"{self.path}: {key} is an array of type {inner}.", DAMAGED)
-        return [self.string() for _ in range(count)]
+        return self.strings(count, key)
+
+    def strings(self, count: int, key: str) -> list[str]:
+        """As `string`, `count` times; written out because vocabularies and merges are a quarter of a million."""
+        self.expect(count * 8, f"{key} with {count} entries")
+        view, length_at, end = self.view, struct.Struct("<Q").unpack_from, self.size - 8
+        found, at = [], self.at
+        for _ in range(count):
+            length = length_at(view, at)[0] if at <= end else self.size
+            if length > self.size - at - 8:
+                self.at = at
+                self.expect(8 + length, f"a text of {key}")
+            found.append(view[at + 8 : at + 8 + length].decode("utf-8", "replace"))
+            at += 8 + length
+        self.at = at
+        return found
 
     def numbers(self, code: str, count: int, key: str) -> list[Any]:
         self.expect(count * struct.calcsize(code), f"{key} with {count} entries")

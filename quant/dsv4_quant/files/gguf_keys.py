@@ -41,6 +41,12 @@ KEYS: dict[str, str | tuple[str, Any]] = {
     "index_head_dim": "attention.indexer.key_length",
     "index_topk": "attention.indexer.top_k",
 }
+CONSTANTS = {
+    "attention.head_count_kv": 1,
+    "expert_gating_func": 4,  # square root of softplus
+    "expert_weights_norm": True,
+    "rope.scaling.type": "yarn",
+}
 ROPE = {
     "factor": ("rope.scaling.factor", 16.0),
     "original_max_position_embeddings": ("rope.scaling.original_context_length", 65536),
@@ -58,17 +64,15 @@ def config_dict(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
             "DeepSeek-V4.1 is not supported yet." if architecture == "deepseek41" else "dsv4 runs DeepSeek-V4 only.",
         )
     reader = _Keys(metadata, origin)
-    config = {ours: _scalar(reader(theirs)) for ours, theirs in KEYS.items()}
-    config["rope_scaling"] = {ours: reader(theirs) for ours, theirs in ROPE.items()}
+    _check_constants(metadata, origin)
+    config = {ours: _decimal(_scalar(reader(theirs), ours, origin)) for ours, theirs in KEYS.items()}
+    config["rope_scaling"] = {ours: _decimal(_scalar(reader(theirs), ours, origin)) for ours, theirs in ROPE.items()}
     embedding = shapes.get("token_embd.weight")
     config["vocab_size"] = embedding[0] if embedding else reader("vocab_size")
-    config["compress_ratios"] = list(reader("attention.compress_ratios"))
+    config["compress_ratios"] = reader("attention.compress_ratios")
     config["model_type"] = "deepseek_v4"
     config["architectures"] = ["DeepseekV4ForCausalLM"]
-    stages = int(_scalar(reader(("nextn_predict_layers", 0))))
-    config["num_hidden_layers"] = (
-        int(config["num_hidden_layers"]) - stages
-    )  # an --mtp export counts its block as a layer
+    config["num_hidden_layers"] = _trunk(config["num_hidden_layers"], shapes)
     for ours, key in (("bos_token_id", "tokenizer.ggml.bos_token_id"), ("eos_token_id", "tokenizer.ggml.eos_token_id")):
         if key in metadata:
             config[ours] = metadata[key]
@@ -88,6 +92,35 @@ class _Keys:
         raise CorruptFile(f"{self.origin} has no key {key}.", "Convert the model again with a current converter.")
 
 
-def _scalar(value: Any) -> Any:
+def _trunk(blocks: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """Layers without the drafting blocks, which llama.cpp counts behind them; only tensors tell whether there are any."""
+    while isinstance(blocks, int) and f"blk.{blocks - 1}.nextn.eh_proj.weight" in shapes:
+        blocks -= 1
+    return blocks
+
+
+def _check_constants(metadata: Mapping[str, Any], origin: str) -> None:
+    """Refuses what would be computed wrongly: a key with another value than every DeepSeek-V4 has."""
+    for key, value in CONSTANTS.items():
+        key = f"{ARCHITECTURE}.{key}"
+        found = _scalar(metadata.get(key, value), key, origin)
+        if found != value:
+            raise UnsupportedModel(f"{origin}: {key} is {found!r}, not {value!r}.", "dsv4 runs DeepSeek-V4 only.")
+
+
+def _scalar(value: Any, name: str, origin: str) -> Any:
     """A key that may be written once or once a layer."""
-    return value[0] if isinstance(value, list) and value else value
+    if not isinstance(value, list) or not value:
+        return value
+    other = next((entry for entry in value if entry != value[0]), value[0])
+    if other != value[0]:
+        raise UnsupportedModel(
+            f"{origin}: {name} is {value[0]!r} in some layers and {other!r} in others.",
+            "dsv4 knows one for all layers.",
+        )
+    return value[0]
+
+
+def _decimal(value: Any) -> Any:
+    """A float32 as the decimal number that it was written from: 1e-6, not 9.99999997e-7."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value

@@ -6,6 +6,7 @@ Shapes and offsets come from whoever made the file, so each is checked against t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from dsv4_quant import schema
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.errors import CorruptFile
 from dsv4_quant.files import gguf_header, gguf_keys, safetensors_header
-from dsv4_quant.files.info import TensorInfo
+from dsv4_quant.files.info import DAMAGED, TensorInfo
+
+LARGEST_JSON = 100_000_000  # bytes; the index of the largest release has 15 million
 
 __all__ = ["Header", "TensorInfo", "read_header"]
 
@@ -41,11 +44,16 @@ class Header:
 def read_header(path: str | Path) -> Header:
     """Reads the header of a checkpoint folder or a GGUF file. Raises CorruptFile and UnsupportedModel."""
     path = Path(path)
-    if path.is_dir():
-        return _official(path)
-    if not path.is_file():
-        raise CorruptFile(f"{path} does not exist.", "Give a checkpoint folder or a .gguf file.")
-    return _gguf(path)
+    try:
+        if path.is_dir():
+            return _official(path)
+        if not path.is_file():
+            raise CorruptFile(f"{path} does not exist.", "Give a checkpoint folder or a .gguf file.")
+        return _gguf(path)
+    except OSError as error:
+        raise CorruptFile(
+            f"{error.filename or path} cannot be read: {error.strerror}.", "Check its permissions."
+        ) from None
 
 
 def _official(folder: Path) -> Header:
@@ -71,11 +79,28 @@ def _shards(folder: Path) -> list[Path]:
         shards = sorted(folder.glob("*.safetensors"))
         if not shards:
             raise CorruptFile(f"{folder} has no .safetensors file.", "Give the folder of a downloaded checkpoint.")
-        return shards
+        return _complete(folder, sorted({*shards, *_siblings(shards)}))
     names = _json(index).get("weight_map")
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CorruptFile(f"{index} has no weight_map.", "Get the index again.")
-    shards = [folder / name for name in sorted(set(names.values()))]
+    outside = next((name for name in names.values() if Path(name).name != name), None)
+    if outside is not None:
+        raise CorruptFile(f"{index} points to {outside!r}, outside its folder.", DAMAGED)
+    return _complete(folder, [folder / name for name in sorted(set(names.values()))])
+
+
+def _siblings(shards: list[Path]) -> list[Path]:
+    """All shards of the set that a name like model-00002-of-00046.safetensors speaks of."""
+    match = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", shards[0].name)
+    if match is None:
+        return []
+    count = int(match[2])
+    return [
+        shards[0].with_name(f"{match[1]}-{number:05d}-of-{count:05d}.safetensors") for number in range(1, count + 1)
+    ]
+
+
+def _complete(folder: Path, shards: list[Path]) -> list[Path]:
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -85,10 +110,12 @@ def _shards(folder: Path) -> list[Path]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise CorruptFile(f"{path} has {path.stat().st_size} bytes; {LARGEST_JSON} are believed.", DAMAGED)
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CorruptFile(f"{path} does not exist.", "Give the folder of a downloaded checkpoint.") from None
-    except (OSError, ValueError) as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptFile(f"{path} is not readable JSON: {error}.", "Get the file again.") from None
     if not isinstance(data, dict):
         raise CorruptFile(f"{path} is not a JSON object.", "Get the file again.")

@@ -6,12 +6,14 @@ import json
 import math
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dsv4_quant.errors import CorruptFile
 from dsv4_quant.files.info import DAMAGED, TensorInfo, check_layout
 
 LARGEST_HEADER = 100_000_000  # the format's own limit
+MOST_DIMENSIONS = 8
+LARGEST = 1 << 63  # of a dimension or an offset
 SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -33,7 +35,7 @@ def read(path: Path) -> dict[str, TensorInfo]:
     begin = 8 + length
     tensors = {name: _tensor(name, entry, path, begin) for name, entry in entries.items()}
     check_layout(tensors.values(), begin, size)
-    covered = sum(info.nbytes for info in tensors.values())
+    covered = sum(info.nbytes for info in tensors.values())  # the format allows no holes, where anything could hide
     if covered != size - begin:
         raise CorruptFile(f"{path}: tensors cover {covered} of {size - begin} data bytes.", "Get the file again.")
     return tensors
@@ -60,11 +62,11 @@ def _tensor(name: str, entry: Any, path: Path, begin: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise CorruptFile(f"{where} is described by {entry!r}.", DAMAGED)
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in SIZES:
+    if not isinstance(dtype, str) or dtype not in SIZES:
         raise CorruptFile(f"{where} has the unknown type {dtype!r}.", DAMAGED)
-    if not _counts(shape):
+    if not _counts(shape, MOST_DIMENSIONS):
         raise CorruptFile(f"{where} has the shape {shape!r}.", DAMAGED)
-    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+    if not _counts(offsets, 2) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CorruptFile(f"{where} has the offsets {offsets!r}.", DAMAGED)
     nbytes = math.prod(shape) * SIZES[dtype]
     if nbytes != offsets[1] - offsets[0]:
@@ -72,5 +74,5 @@ def _tensor(name: str, entry: Any, path: Path, begin: int) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(shape), path, begin + offsets[0], nbytes)
 
 
-def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+def _counts(value: Any, most: int) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and len(value) <= most and all(type(v) is int and 0 <= v < LARGEST for v in value)

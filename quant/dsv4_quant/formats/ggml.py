@@ -21,7 +21,9 @@ def _supported() -> list[gguf.GGMLQuantizationType]:
     return [kind for kind in gguf.GGMLQuantizationType if kind in gguf.quants._type_traits]
 
 
-FORMATS = {
-    kind.name.lower(): Format(kind.name.lower(), *gguf.GGML_QUANT_SIZES[kind], decode=partial(_decode, kind))
-    for kind in _supported()
-}
+def _format(kind: gguf.GGMLQuantizationType) -> Format:
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return Format(kind.name.lower(), block, block_bytes, partial(_decode, kind))
+
+
+FORMATS = {kind.name.lower(): _format(kind) for kind in _supported()}

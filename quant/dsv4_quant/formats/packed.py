@@ -10,6 +10,8 @@ from torch import Tensor
 from dsv4_quant.formats.base import Format
 from dsv4_quant.formats.table import FORMATS
 
+SMALL_FLOATS = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -35,7 +37,7 @@ class Packed:
 
     def rows(self, index: Tensor | slice) -> Tensor:
         """float32 of the chosen rows only, as a look-up in an embedding wants them."""
-        return self._format.decode(self.data[index], self._scales(index)).reshape(-1, *self.shape[1:])
+        return self._format.decode(_pick(self.data, index), self._scales(index)).reshape(-1, *self.shape[1:])
 
     @property
     def _format(self) -> Format:
@@ -45,9 +47,12 @@ class Packed:
         """A row of scales for each chosen row."""
         if self.scale is None:
             return None
-        shared = self._format.scale_rows
-        if shared == 1:
-            return self.scale[index]
-        tile = torch.arange(self.shape[0], device=self.data.device)[index] // shared
-        raw = self.scale if self.scale.dtype == torch.float32 else self.scale.view(torch.uint8)
-        return raw[tile]
+        if self._format.scale_rows == 1:
+            return _pick(self.scale, index)
+        tile = torch.arange(self.shape[0], device=self.data.device)[index] // self._format.scale_rows
+        return _pick(self.scale, tile)
+
+
+def _pick(stored: Tensor, index: Tensor | slice) -> Tensor:
+    """Rows of stored numbers, small floats as raw bytes: torch can do little else with them."""
+    return (stored.view(torch.uint8) if stored.dtype in SMALL_FLOATS else stored)[index]
