@@ -166,11 +166,13 @@ class CompletionParser:
         return []
 
     def _end_reasoning(self) -> list[Delta]:
-        """`</think>`. A second one, or one without reasoning, vanishes."""
-        if self._state == "content":
+        """`</think>`. A second one, or one without reasoning, vanishes, but no tag grows together across it."""
+        if self._state == "content" and not self._held.endswith("<"):
             return []
         rest = self._spoken(self._held.rstrip("\n"))
-        self._state, self._held, self._part_begun = "content", "", False
+        self._held = ""
+        if self._state == "reasoning":
+            self._state, self._part_begun = "content", False
         return rest
 
     def _within_calls(self, deltas: list[Delta]) -> list[Delta]:
