@@ -22,11 +22,27 @@ def flat_text(content: object) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, list):
-        return "\n\n".join(
-            part.get("text", "") if part.get("type") == "text" else f"[Unsupported {part.get('type')}]"
-            for part in content
-        )
+        return "\n\n".join(map(_part_text, content))
     raise UsageError(f"A message's content is {type(content).__name__}.", "Use a string or a list of parts.")
+
+
+def _part_text(part: object) -> str:
+    if not isinstance(part, dict):
+        raise UsageError(
+            f"A part of a message's content is {type(part).__name__}.", 'Use {"type": "text", "text": ...}.'
+        )
+    return flat_text(part.get("text")) if part.get("type") == "text" else f"[Unsupported {part.get('type')}]"
+
+
+def demand_messages(messages: Sequence[Message]) -> None:
+    """Raises UsageError unless all messages, and the calls in them, have the outer shape that OpenAI gives them."""
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise UsageError(f"Message {number} is {type(message).__name__}.", 'Use {"role": ..., "content": ...}.')
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call) if isinstance(call, dict) else None
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise UsageError(f"A call in message {number} has no function name.", "Use OpenAI's tool_calls.")
 
 
 def declare_tools(messages: Sequence[Message], tools: Sequence[Message] | None) -> list[Message]:
@@ -81,9 +97,8 @@ def last_question(messages: Sequence[Message]) -> int:
     return max((i for i, message in enumerate(messages) if message.get("role") in ASKERS), default=-1)
 
 
-def drop_old_reasoning(messages: Sequence[Message]) -> list[Message]:
-    """Removes reasoning, and whole developer messages, that stand before the last question."""
-    border = last_question(messages)
+def drop_old_reasoning(messages: Sequence[Message], border: int) -> list[Message]:
+    """Removes reasoning, and whole developer messages, that stand before `border`, the last question of them all."""
     kept: list[Message] = []
     for i, message in enumerate(messages):
         if i < border and message.get("role") == "developer":

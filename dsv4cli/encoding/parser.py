@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 import secrets
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Literal
 
@@ -61,7 +62,8 @@ class CompletionParser:
         self._tools_declared = tools_declared
         self._state: Literal["reasoning", "content", "calls", "done"] = "reasoning" if thinking else "content"
         self._part_begun = False  # until then newlines are dropped
-        self._held = ""
+        self._newlines = 0  # held back: they are the format's if `</think>` or calls follow
+        self._opener = ""  # held back behind them: a "<" that may open the calls
         self._given: list[Delta] = []
         self._exact: list[str] = []
         self._finish_reason: str | None = None
@@ -79,12 +81,16 @@ class CompletionParser:
     @property
     def result(self) -> Completion:
         """All that was given out so far."""
-        whole = Completion(exact="".join(self._exact), finish_reason=self._finish_reason)
-        whole.reasoning, whole.content = self._joined("reasoning"), self._joined("content")
+        pieces: defaultdict[tuple[str, int | None], list[str]] = defaultdict(list)
         for delta in self._given:
-            if delta.id is not None and delta.name is not None:
-                whole.calls.append(ToolCall(delta.id, delta.name, self._joined("tool_call", delta.index)))
-        return whole
+            pieces[delta.kind, delta.index].append(delta.text)
+        calls = [
+            ToolCall(delta.id, delta.name, "".join(pieces["tool_call", delta.index]))
+            for delta in self._given
+            if delta.id is not None and delta.name is not None
+        ]
+        reasoning, content = "".join(pieces["reasoning", None]), "".join(pieces["content", None])
+        return Completion(reasoning, content, calls, "".join(self._exact), self._finish_reason)
 
     def push(self, token: int) -> list[Delta]:
         """One sampled id. Needs the tokenizer."""
@@ -122,9 +128,6 @@ class CompletionParser:
         self._given += deltas
         return deltas
 
-    def _joined(self, kind: str, index: int | None = None) -> str:
-        return "".join(delta.text for delta in self._given if delta.kind == kind and delta.index == index)
-
     def _read(self, segments: list[Segment]) -> list[Delta]:
         deltas: list[Delta] = []
         for segment in segments:
@@ -136,15 +139,18 @@ class CompletionParser:
             return []
         if self._state == "calls":
             return self._within_calls(self._calls.text(text))
-        text = self._held + text
+        text = self._opener + text
         if not self._part_begun:
             text = text.lstrip("\n")
             self._part_begun = bool(text)
-        sure = text.removesuffix("<") if self._tools_declared else text
-        if self._tools_declared or self._state == "reasoning":
-            sure = sure.rstrip("\n")
-        self._held = text[len(sure) :]
-        return self._spoken(sure)
+        self._opener = "<" if self._tools_declared and text.endswith("<") else ""
+        text = text.removesuffix(self._opener)
+        sure = text.rstrip("\n") if self._tools_declared or self._state == "reasoning" else text
+        if not sure:
+            self._newlines += len(text)
+            return []
+        before, self._newlines = "\n" * self._newlines, len(text) - len(sure)
+        return self._spoken(before + sure)
 
     def _control(self, spelling: str) -> list[Delta]:
         if spelling in ENDS:
@@ -160,19 +166,16 @@ class CompletionParser:
     def _mark(self) -> list[Delta]:
         if self._state == "calls":
             return self._within_calls(self._calls.mark())
-        if not self._held.endswith("<"):
+        if not self._opener:
             return self._text(DSML)
-        self._state, self._held = "calls", ""
+        self._state, self._newlines, self._opener = "calls", 0, ""
         return []
 
     def _end_reasoning(self) -> list[Delta]:
         """`</think>`. A second one, or one without reasoning, vanishes, but no tag grows together across it."""
-        if self._state == "content" and not self._held.endswith("<"):
-            return []
-        rest = self._spoken(self._held.rstrip("\n"))
-        self._held = ""
+        rest = self._release() if self._opener else []
         if self._state == "reasoning":
-            self._state, self._part_begun = "content", False
+            self._state, self._part_begun, self._newlines = "content", False, 0
         return rest
 
     def _within_calls(self, deltas: list[Delta]) -> list[Delta]:
@@ -183,9 +186,15 @@ class CompletionParser:
     def _end(self) -> list[Delta]:
         if self._state == "done":
             return []
-        rest = self._calls.flush() if self._state == "calls" else self._spoken(self._held)
-        self._state, self._held = "done", ""
+        rest = self._calls.flush() if self._state == "calls" else self._release()
+        self._state = "done"
         return rest
+
+    def _release(self) -> list[Delta]:
+        """What was held back is text after all."""
+        held = "\n" * self._newlines + self._opener
+        self._newlines, self._opener = 0, ""
+        return self._spoken(held)
 
     def _spoken(self, text: str) -> list[Delta]:
         return [Delta("reasoning" if self._state == "reasoning" else "content", text)] if text else []

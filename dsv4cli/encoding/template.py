@@ -37,8 +37,9 @@ def think_level(think: str, release: str) -> tuple[bool, str | None]:
     """The user's `--think` as (thinking, effort) of this release: `off`, a level of the release or an API alias."""
     if think in ("off", "none"):
         return False, None
+    efforts = _efforts(release)
     level = ALIASES[release].get(think, think)
-    if level not in texts.EFFORT_TEXTS[release]:
+    if level not in efforts:
         raise UsageError(f"Unknown thinking level {think!r}.", "Use off, low, high or max.")
     return True, level
 
@@ -59,20 +60,22 @@ def render(
 
     `context` are messages that precede and are already rendered: they decide about ordering and dropping, but only
     `messages` come out, without BOS. `nest_dict_arguments` repeats what the April script does with call arguments given
-    as a dictionary instead of JSON text. Raises UsageError for an unknown role, effort, task or an empty developer message.
+    as a dictionary instead of JSON text. Raises UsageError for messages of another shape, an unknown release, role,
+    effort or task, and an empty developer message.
     """
-    table = texts.EFFORT_TEXTS[release]
+    table = _efforts(release)
     if effort not in table:
         raise UsageError(
             f"Release {release} has no effort {effort!r}.", f"Use one of {', '.join(filter(None, table))}."
         )
+    history.demand_messages([*(context or ()), *messages])
     before = history.merge_users(context or ())
     full = before + history.merge_users(history.declare_tools(messages, tools))
     history.order_results(full)
     keep = not drop_thinking or not thinking or any(message.get("tools") for message in full)
     if not keep:
-        before = history.drop_old_reasoning(full)[: len(before)] if before else before
-        full = history.drop_old_reasoning(full)
+        border = history.last_question(full)
+        before, full = (history.drop_old_reasoning(part, border) for part in (before, full))
     prompt = Rendered()
     if bos and not context:
         prompt.control(texts.BOS)
@@ -145,7 +148,7 @@ class _Page:
     def assistant(self, index: int, message: Message) -> None:
         after_task = index > 0 and self.messages[index - 1].get("task")
         if self.thinking and index > self.border and not after_task:
-            self.prompt.text(message.get("reasoning_content") or "")
+            self.prompt.text(history.flat_text(message.get("reasoning_content")))
             self.prompt.control(texts.END_THINK)
         self.prompt.text(history.flat_text(message.get("content")))
         if calls := message.get("tool_calls"):
@@ -193,14 +196,27 @@ class _Page:
 
     def arguments(self, given: object) -> dict[str, Any]:
         """A call's arguments as a dictionary. Text that is no JSON object becomes one string called `arguments`."""
+        if given is None:
+            return {}
         if isinstance(given, dict):
             return {"arguments": given} if self.nest_dict_arguments else given
+        text = given if isinstance(given, str) else _json(given)
         try:
-            parsed = json.loads(str(given))
-        except ValueError:
+            parsed = json.loads(text)
+        except (ValueError, RecursionError):  # a model may well write thousands of brackets
             parsed = None
-        return parsed if isinstance(parsed, dict) else {"arguments": str(given)}
+        return parsed if isinstance(parsed, dict) else {"arguments": text}
+
+
+def _efforts(release: str) -> dict[str | None, str]:
+    """The levels of a release and their texts."""
+    if release not in texts.EFFORT_TEXTS:
+        raise UsageError(f"There is no release {release!r}.", f"Choose one of {', '.join(texts.EFFORT_TEXTS)}.")
+    return texts.EFFORT_TEXTS[release]
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"A schema or an argument is no JSON: {error}.", "Use what json.dumps can write.") from error

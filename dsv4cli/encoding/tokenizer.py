@@ -27,6 +27,15 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(rest)}
 
 
+def _encodable(text: str) -> str:
+    """Text that UTF-8 can hold. JSON can spell half a surrogate pair, and undecodable input is passed on as such."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
 ALPHABET = _byte_alphabet()
 
 
@@ -86,8 +95,8 @@ class Tokenizer:
             ) from None
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text; never a control id."""
-        ids: list[int] = self._text.encode(text, add_special_tokens=False).ids
+        """Ids of plain text; never a control id. Half a surrogate pair is U+FFFD."""
+        ids: list[int] = self._text.encode(_encodable(text), add_special_tokens=False).ids
         return ids
 
     def encode(self, segments: Iterable[Segment]) -> list[int]:

@@ -314,7 +314,10 @@ def test_any_completion_cut_anywhere(text: str, thinking: bool, tools: bool, dat
     assert read(chunks, thinking=thinking, tools=tools) == whole
 
 
-WORDS = st.text(st.characters(exclude_characters="｜", exclude_categories=("Cs",)), max_size=8)
+# Without control spellings, which the strict grammar refuses in text (Hypothesis finds `<think>` among our constants).
+WORDS = st.text(st.characters(exclude_characters="｜", exclude_categories=("Cs",)), max_size=8).filter(
+    lambda words: texts.THINK not in words and texts.END_THINK not in words
+)
 NAMES = st.from_regex(r"[a-z_]{1,6}", fullmatch=True)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | WORDS,
