@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,8 @@ from dsv4_quant.formats.base import Format
 
 def _decode(kind: gguf.GGMLQuantizationType, rows: Tensor, scales: Tensor | None) -> Tensor:
     flat = rows.reshape(-1, rows.shape[-1]).contiguous().numpy()
-    values = torch.from_numpy(gguf.quants.dequantize(flat, kind))
+    with np.errstate(all="ignore"):  # what is infinite or no number in the file is so here; nobody needs to be told
+        values = torch.from_numpy(gguf.quants.dequantize(flat, kind))
     return values.reshape(*rows.shape[:-1], values.shape[-1])
 
 

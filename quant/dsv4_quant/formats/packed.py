@@ -32,7 +32,7 @@ class Packed:
         return self.data.nbytes + (self.scale.nbytes if self.scale is not None else 0)
 
     def float(self) -> Tensor:
-        """float32 of `shape`: exactly the values that the bytes mean."""
+        """float32 of `shape`: exactly the values that the bytes mean. Read only: what is stored so is the file itself."""
         return self.rows(slice(None))
 
     def rows(self, index: Tensor | slice) -> Tensor:
