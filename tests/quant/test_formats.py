@@ -110,7 +110,19 @@ def test_every_fp4_code_and_scale() -> None:
 
 @pytest.mark.parametrize(
     ("value", "nearest"),
-    [(0.25, 0), (0.26, 0.5), (0.75, 1), (1.25, 1), (1.75, 2), (2.5, 2), (3.5, 4), (5, 4), (5.01, 6), (7, 6), (0.74, 0.5)],
+    [
+        (0.25, 0),
+        (0.26, 0.5),
+        (0.75, 1),
+        (1.25, 1),
+        (1.75, 2),
+        (2.5, 2),
+        (3.5, 4),
+        (5, 4),
+        (5.01, 6),
+        (7, 6),
+        (0.74, 0.5),
+    ],
 )
 def test_fp4_ties_go_to_the_even_code(value: float, nearest: float) -> None:
     codes = fp4.nearest(torch.tensor([value, -value]))
@@ -159,7 +171,9 @@ def test_what_gguf_decodes_we_decode_alike(kind: Kind, random: torch.Generator) 
     assert (FORMATS[name].block, FORMATS[name].block_bytes) == (block, block_bytes)
     data = stored(kind, 6, random)
     if name in ("f32", "f16", "bf16"):
-        found = Packed(name, (6, 2), data.view({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[name]))
+        found = Packed(
+            name, (6, 2), data.view({"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[name])
+        )
     else:
         found = Packed(name, (6, 2 * block), data)
     with np.errstate(all="ignore"):  # random bytes hold steps that are infinite or no number

@@ -57,7 +57,10 @@ def check_all(checkpoint: Checkpoint, folder: Path) -> None:
 def test_every_weight_means_what_was_stored(base: bool, shards: int, tmp_path: Path) -> None:
     checkpoint = Checkpoint(replace(SMALL, base=base, shards=shards), seed=4)
     check_all(checkpoint, checkpoint.write(tmp_path))
-    experts = {"layers.1.ffn.experts.2.w2.weight": "fp8_e4m3" if base else "fp4", "layers.1.attn.wkv.weight": "fp8_e4m3"}
+    experts = {
+        "layers.1.ffn.experts.2.w2.weight": "fp8_e4m3" if base else "fp4",
+        "layers.1.attn.wkv.weight": "fp8_e4m3",
+    }
     source = open_source(tmp_path)
     for name, fmt in experts.items():
         packed = source.read(name)
@@ -120,7 +123,9 @@ def test_nothing_is_copied(folder: Path) -> None:
     assert a.untyped_storage().nbytes() == next(folder.glob("*.safetensors")).stat().st_size
     maps = Path("/proc/self/maps")
     if maps.exists():
-        lines = [line for line in maps.read_text().splitlines() if line.endswith(".safetensors") and str(folder) in line]
+        lines = [
+            line for line in maps.read_text().splitlines() if line.endswith(".safetensors") and str(folder) in line
+        ]
         assert len(lines) == 1
         assert lines[0].split()[1] == "r--s"
 
@@ -155,4 +160,7 @@ def test_safetensors_reads_the_same(folder: Path) -> None:
     raw = shard.read_bytes()
     for name, info in header.tensors.items():
         assert tuple(theirs[name].shape) == info.shape
-        assert theirs[name].contiguous().view(torch.uint8).numpy().tobytes() == raw[info.offset : info.offset + info.nbytes]
+        assert (
+            theirs[name].contiguous().view(torch.uint8).numpy().tobytes()
+            == raw[info.offset : info.offset + info.nbytes]
+        )
