@@ -13,7 +13,7 @@ from dsv4_quant.files.gguf_header import TYPES
 from dsv4_quant.formats import FORMATS, Packed, e8m0, fp4, fp8_e4m3, mxfp4, q8_0
 
 FP4_TABLE = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-DECODED_BY_GGUF = [kind for kind in gguf.quants._type_traits]
+DECODED_BY_GGUF = list(gguf.quants._type_traits)
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def test_fp4_becomes_mxfp4_without_rounding(random: torch.Generator) -> None:
 
 def stored(kind: Kind, rows: int, random: torch.Generator) -> Tensor:
     """Random bytes of a block type: rows of two blocks."""
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     data = torch.randint(0, 256, (rows, 2, block_bytes), generator=random, dtype=torch.uint8)
     if kind is Kind.MXFP4:
         data[..., 0] %= 255
