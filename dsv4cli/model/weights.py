@@ -164,7 +164,7 @@ class Binder:
         return MoeWeights(
             gate=self.matrix(prefix + "gate.weight", c.n_routed_experts, c.hidden_size),
             bias=None if by_hash else self.tensor(prefix + "gate.bias", c.n_routed_experts),
-            table=self.integers(prefix + "gate.tid2eid", c.vocab_size, c.num_experts_per_tok) if by_hash else None,
+            table=self.table(prefix + "gate.tid2eid", c.vocab_size, c.num_experts_per_tok) if by_hash else None,
             experts=[self.expert(f"{prefix}experts.{number}.", width) for number in range(c.n_routed_experts)],
             shared=self.expert(prefix + "shared_experts.", c.n_shared_experts * width))
 
@@ -194,9 +194,15 @@ class Binder:
         """A small float tensor, float32."""
         return self.matrix(name, *shape).float()
 
-    def integers(self, name: str, *shape: int) -> Tensor:
-        """Indices, int64, whatever the width they are stored in."""
-        return self.matrix(name, *shape).data.to(torch.int64).reshape(shape)
+    def table(self, name: str, *shape: int) -> Tensor:
+        """Numbers of experts, int64, whatever the width they are stored in."""
+        numbers, experts = self.matrix(name, *shape).data.to(torch.int64).reshape(shape), self.config.n_routed_experts
+        least, most = int(numbers.min()), int(numbers.max())
+        if least < 0 or most >= experts:
+            raise CorruptFile(
+                f"{name} in {self.source.path} names expert {least if least < 0 else most} of {experts}.",
+                "The file is damaged; get it again.")
+        return numbers
 
 
 Node = TypeVar("Node")

@@ -50,6 +50,19 @@ def test_a_wrong_shape_stops_with_its_name(checkpoint: Path) -> None:
         bind(Listening(open_source(checkpoint), cut), 0)
 
 
+@pytest.mark.parametrize("number", [-1, Shape().experts])
+def test_a_table_with_a_stranger_stops_with_its_name(checkpoint: Path, number: int) -> None:
+    def spoil(name: str, packed: Packed) -> Packed:
+        if not name.endswith("tid2eid"):
+            return packed
+        data = packed.data.clone()
+        data[7, 1] = number
+        return replace(packed, data=data)
+
+    with pytest.raises(CorruptFile, match=rf"layers\.0\.ffn\.gate\.tid2eid .* names expert {number} of {Shape().experts}"):
+        bind(Listening(open_source(checkpoint), spoil), 0)
+
+
 def test_packed_and_expanded_weights_say_the_same(bound: Bound, ids: Tensor) -> None:
     packed, expanded = bound(expand_limit=0), bound()
     assert isinstance(packed.weights.layers[0].moe.experts[0].w1, Packed)
