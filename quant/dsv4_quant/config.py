@@ -169,8 +169,14 @@ class ModelConfig:
             yield f"a token takes {self.num_experts_per_tok} experts of {self.n_routed_experts}"
         if self.qk_rope_head_dim % 2 or self.qk_rope_head_dim > min(self.head_dim, self.index_head_dim):
             yield f"qk_rope_head_dim is {self.qk_rope_head_dim} in heads of {self.head_dim} and {self.index_head_dim}"
-        if self.rope_scaling.factor <= 0 or self.rope_scaling.original_max_position_embeddings < 1:
+        if any(getattr(self.rope_scaling, field.name) <= 0 for field in fields(RopeScaling)):
             yield f"rope_scaling is {self.rope_scaling}"
+        for name in ("rope_theta", "compress_rope_theta"):  # YaRN divides by its logarithm
+            if getattr(self, name) <= 1:
+                yield f"{name} is {getattr(self, name)}"
+        for name in ("bos_token_id", "eos_token_id"):
+            if getattr(self, name) >= self.vocab_size:
+                yield f"{name} is {getattr(self, name)} in a vocabulary of {self.vocab_size}"
 
 
 def _check_architecture(data: Mapping[str, Any], origin: str) -> None:

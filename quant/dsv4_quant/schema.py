@@ -238,10 +238,15 @@ class GgufSpec:
 
 
 def gguf_name(official: str) -> tuple[str, int | None]:
-    """The GGUF tensor that holds an official trunk weight, and which expert of a stack it is. Raises KeyError."""
+    """The GGUF tensor that holds an official trunk weight, and which expert of a stack it is.
+
+    Raises KeyError or ValueError for anything else.
+    """
     if official in GGUF_ROOT:
         return GGUF_ROOT[official], None
-    _, layer, leaf = official.split(".", 2)
+    root, layer, leaf = official.split(".", 2)
+    if root != "layers":  # drafting stages have leaves of the same names
+        raise KeyError(official)
     if leaf.startswith("ffn.experts."):
         _, _, expert, matrix, _ = leaf.split(".")
         return f"blk.{layer}.{GGUF_EXPERTS[matrix]}", int(expert)

@@ -1,8 +1,7 @@
-"""Makes files whose headers say whatever a test wants: no library in between to object."""
+"""Makes GGUFs whose headers say whatever a test wants: no library in between to object."""
 
 from __future__ import annotations
 
-import json
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,17 +9,6 @@ from typing import Any
 
 STRING, ARRAY = 8, 9
 CODES = {4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 12: "d"}
-
-
-def safetensors(path: Path, header: Any, data: bytes = b"", *, length: int | None = None) -> Path:
-    """A safetensors file of a header (bytes are taken as they are) that claims `length` bytes."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
-    return path
-
-
-def entry(dtype: Any = "F32", shape: Any = (2, 2), offsets: Any = (0, 16)) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
 @dataclass

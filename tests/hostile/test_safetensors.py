@@ -17,6 +17,7 @@ HUGE = 1 << 62
 
 
 def encode(header: Any, data: bytes = bytes(16), length: int | None = None) -> bytes:
+    """A file whose header (bytes are taken as they are) claims `length` bytes."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -87,7 +88,8 @@ def test_types_that_do_not_exist(dtype: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [None, 4, "4", {}, [-4], [-2, -2], [2.0, 2], [True, 4], ["2", "2"], [[2, 2]], [None], [2**63], [1e300], [1] * 9],
+    [None, 4, "4", {}, [-4], [-2, -2], [2.0, 2], [True, 4], ["2", "2"], [[2, 2]], [None], [2**63], [1e300], [1] * 9,
+     [1] * 100_000],
 )
 def test_shapes_that_are_none(shape: Any, tmp_path: Path) -> None:
     assert "w has the shape" in read(tmp_path, encode({"w": GOOD | {"shape": shape}}))

@@ -41,9 +41,11 @@ class GgufSource:
 
     def has(self, name: str) -> bool:
         try:
-            return gguf_name(name)[0] in self._tensors
+            stored, expert = gguf_name(name)
         except (KeyError, ValueError):
             return False
+        info = self._tensors.get(stored)
+        return info is not None and (expert is None or 0 <= expert < info.shape[0])
 
     def read(self, name: str) -> Packed:
         if not self.has(name):

@@ -19,6 +19,7 @@ from dsv4_quant.files.info import DAMAGED, TensorInfo, check_layout
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 LARGEST_ALIGNMENT = 1 << 20
+LARGEST_HEADER = 1 << 28  # bytes; DeepSeek-V4's have ten million, and what they hold grows in memory
 LARGEST_ARRAY = 1 << 24  # entries; the longest real one has a token an entry
 MOST_DIMENSIONS = 4
 
@@ -89,6 +90,7 @@ class _Reader:
 
     def __init__(self, path: Path, view: mmap.mmap, size: int) -> None:
         self.path, self.view, self.size, self.at = path, view, size, 0
+        self.end = min(size, LARGEST_HEADER)
 
     def part(self) -> Part:
         if self.view[:4] != MAGIC:
@@ -171,11 +173,11 @@ class _Reader:
     def strings(self, count: int, key: str) -> list[str]:
         """As `string`, `count` times; written out because vocabularies and merges are a quarter of a million."""
         self.expect(count * 8, f"{key} with {count} entries")
-        view, length_at, end = self.view, struct.Struct("<Q").unpack_from, self.size - 8
+        view, length_at, end = self.view, struct.Struct("<Q").unpack_from, self.end - 8
         found, at = [], self.at
         for _ in range(count):
             length = length_at(view, at)[0] if at <= end else self.size
-            if length > self.size - at - 8:
+            if length > end - at:
                 self.at = at
                 self.expect(8 + length, f"a text of {key}")
             found.append(view[at + 8 : at + 8 + length].decode("utf-8", "replace"))
@@ -204,8 +206,9 @@ class _Reader:
         return raw.decode("utf-8", "replace")
 
     def expect(self, length: int, what: str) -> None:
-        if length > self.size - self.at:
+        if length > self.end - self.at:
+            limit = "file" if self.end == self.size else "longest header"
             raise CorruptFile(
-                f"{self.path}: {what} at byte {self.at} needs {length} bytes; the file has {self.size - self.at} more.",
+                f"{self.path}: {what} at byte {self.at} needs {length} bytes; the {limit} has {self.end - self.at} more.",
                 "The file is truncated or damaged; get it again.",
             )

@@ -6,6 +6,7 @@ Shapes and offsets come from whoever made the file, so each is checked against t
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -75,40 +76,40 @@ def _official(folder: Path) -> Header:
 def _shards(folder: Path) -> list[Path]:
     """The safetensors files that make the model: those of the index or, without one, all there are."""
     index = folder / "model.safetensors.index.json"
+    present = {entry.name for entry in os.scandir(folder) if entry.name.endswith(".safetensors") and entry.is_file()}
     if not index.is_file():
-        shards = sorted(folder.glob("*.safetensors"))
-        if not shards:
+        if not present:
             raise CorruptFile(f"{folder} has no .safetensors file.", "Give the folder of a downloaded checkpoint.")
-        return _complete(folder, sorted({*shards, *_siblings(shards)}))
+        return _complete(folder, present | _siblings(min(present)), present)
     names = _json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise CorruptFile(f"{index} has no weight_map.", "Get the index again.")
-    outside = next((name for name in names.values() if Path(name).name != name), None)
+    wanted = set(names.values())
+    outside = next((name for name in sorted(wanted) if name in ("", "..") or Path(name).name != name), None)
     if outside is not None:
         raise CorruptFile(f"{index} points to {outside!r}, outside its folder.", DAMAGED)
-    return _complete(folder, [folder / name for name in sorted(set(names.values()))])
+    return _complete(folder, wanted, present)
 
 
-def _siblings(shards: list[Path]) -> list[Path]:
+def _siblings(name: str) -> set[str]:
     """All shards of the set that a name like model-00002-of-00046.safetensors speaks of."""
-    match = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", shards[0].name)
+    match = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.safetensors", name)
     if match is None:
-        return []
-    count = int(match[2])
-    return [
-        shards[0].with_name(f"{match[1]}-{number:05d}-of-{count:05d}.safetensors") for number in range(1, count + 1)
-    ]
+        return set()
+    return {f"{match[1]}-{number:05d}-of-{match[2]}.safetensors" for number in range(1, int(match[2]) + 1)}
 
 
-def _complete(folder: Path, shards: list[Path]) -> list[Path]:
-    missing = [shard.name for shard in shards if not shard.is_file()]
+def _complete(folder: Path, wanted: set[str], present: set[str]) -> list[Path]:
+    missing = sorted(wanted - present)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CorruptFile(f"{folder} lacks {missing[0]}{more} of {len(shards)} shards.", "Complete the download.")
-    return shards
+        raise CorruptFile(f"{folder} lacks {missing[0]}{more} of {len(wanted)} shards.", "Complete the download.")
+    return [folder / name for name in sorted(wanted)]
 
 
 def _json(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise CorruptFile(f"{path} is not a file.", "Get the checkpoint again.")
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise CorruptFile(f"{path} has {path.stat().st_size} bytes; {LARGEST_JSON} are believed.", DAMAGED)

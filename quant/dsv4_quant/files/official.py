@@ -19,6 +19,7 @@ DTYPES = {
     "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }  # fmt: skip
 PLAIN = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F64": "f64", "I16": "i16", "I32": "i32", "I64": "i64"}
+QUANTISED = ("I8", "F8_E4M3")  # with scales beside them
 
 
 class OfficialSource:
@@ -43,15 +44,15 @@ class OfficialSource:
 
     def read(self, name: str) -> Packed:
         info = self._info(name)
-        data = self._view(info)
         if info.dtype in PLAIN:
-            return Packed(PLAIN[info.dtype], info.shape, data)
+            return Packed(PLAIN[info.dtype], info.shape, self._view(info))
+        if info.dtype not in QUANTISED or not name.endswith(".weight"):
+            raise CorruptFile(f"{info.file}: {name} is stored as {info.dtype}.", "DeepSeek-V4 has no such weight.")
+        data = self._view(info)
         scale = self._view(self._info(name.removesuffix("weight") + "scale"))
         if info.dtype == "I8":  # two FP4 codes a byte
             return Packed("fp4", (info.shape[0], 2 * info.shape[1]), data, scale)
-        if info.dtype == "F8_E4M3":
-            return Packed("fp8_e4m3", info.shape, data, scale)
-        raise CorruptFile(f"{info.file}: {name} is stored as {info.dtype}.", "DeepSeek-V4 does not use that type.")
+        return Packed("fp8_e4m3", info.shape, data, scale)
 
     def tokenizer(self) -> Path | None:
         path = self.path / "tokenizer.json"

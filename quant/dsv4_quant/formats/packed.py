@@ -33,7 +33,8 @@ class Packed:
 
     def float(self) -> Tensor:
         """float32 of `shape`: exactly the values that the bytes mean. Read only: what is stored so is the file itself."""
-        return self.rows(slice(None))
+        data = self.data if self.shape else self.data[None]  # a scalar has no rows
+        return self._format.decode(_pick(data, slice(None)), self._scales(slice(None))).reshape(self.shape)
 
     def rows(self, index: Tensor | slice) -> Tensor:
         """float32 of the chosen rows only, as a look-up in an embedding wants them."""
