@@ -18,6 +18,9 @@ SHAPE = Shape(
     ratios=(4, 0), hidden=32, width=32, experts=2, heads=2, head_dim=64, q_rank=32, o_groups=1, o_rank=32,
     index_heads=2, vocab=12, streams=2, shards=2,
 )  # fmt: skip
+INDEX = "model.safetensors.index.json"
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+TRUNK = [name for name in Checkpoint(SHAPE, seed=0).official if not name.endswith(".scale")]  # names to read
 TOKENIZER = {
     "model": {"vocab": {letter: i for i, letter in enumerate("abcdefgh", 2)}, "merges": ["a b"]},
     "added_tokens": [
@@ -55,8 +58,6 @@ def opens_or_is_refused(path: Path) -> bool:
         return False
     return True
 
-
-TRUNK = [name for name in Checkpoint(SHAPE, seed=0).official if not name.endswith(".scale")]
 
 
 @pytest.fixture(scope="session")

@@ -17,10 +17,7 @@ from safetensors.torch import load_file, save_file
 from dsv4_quant.errors import CorruptFile, UnsupportedModel
 from dsv4_quant.files import open_source
 from dsv4_quant.files.headers import LARGEST_JSON
-from tests.hostile.conftest import opens_or_is_refused, refused
-
-INDEX = "model.safetensors.index.json"
-FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+from tests.hostile.conftest import FIRST, INDEX, SECOND, opens_or_is_refused, refused
 
 
 def edit_json(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:

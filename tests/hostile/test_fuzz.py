@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dsv4_quant.files import gguf_header
-from tests.hostile.conftest import TRUNK, opens_or_is_refused
-from tests.hostile.test_folders import FIRST, INDEX
+from tests.hostile.conftest import FIRST, INDEX, TRUNK, opens_or_is_refused
 
-Spoil = Callable[[bytes], bytes]
 FUZZ = settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 INTERESTING = [0, 1, 7, 8, 9, 31, 34, 39, 57, 91, 93, 123, 125, 127, 128, 254, 255]
 
