@@ -1,6 +1,6 @@
 """Records a real chat with the embedded model on a pseudo-terminal, as plain text, for the README.
 
-    python -m tools.record_screen ["question" ...]
+python -m tools.record_screen ["question" ...]
 """
 
 from __future__ import annotations

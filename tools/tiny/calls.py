@@ -33,42 +33,42 @@ def _city(rng: Random) -> list[Any]:
 
 
 KINDS = [
-    Kind(["get_weather", "weather", "weather_now", "check_weather"], "Get the weather of a city",
-         [(["city", "place", "location"], "string")], _city,
+    Kind(["get_weather", "weather_now"], "Get the weather of a city",
+         [(["city", "place"], "string")], _city,
          ["What is the weather in {0}?", "How is the weather in {0}?", "Is it warm in {0}?"],
          lambda rng, v: {"sky": rng.choice(WEATHER), "degrees": rng.randint(1, 35)}, "It is {sky} in {0}, {degrees} degrees."),
-    Kind(["get_time", "time_in", "clock", "local_time"], "Get the time in a city",
-         [(["city", "place", "location"], "string")], _city,
+    Kind(["get_time", "clock"], "Get the time in a city",
+         [(["city", "place"], "string")], _city,
          ["What time is it in {0}?", "Tell me the time in {0}."],
          lambda rng, v: {"time": f"{rng.randint(0, 23)}:{rng.randint(10, 59)}"}, "It is {time} in {0}."),
-    Kind(["add", "sum", "add_numbers", "plus"], "Add two numbers",
-         [(["a", "x", "first"], "integer"), (["b", "y", "second"], "integer")],
+    Kind(["add", "plus"], "Add two numbers",
+         [(["a", "x"], "integer"), (["b", "y"], "integer")],
          lambda rng: [rng.randint(10, 999), rng.randint(10, 999)],
          ["What is {0} + {1}? Use a tool.", "Add {0} and {1} with a tool."],
          lambda rng, v: {"result": v[0] + v[1]}, "The result is {result}."),
-    Kind(["multiply", "times", "product"], "Multiply two numbers",
-         [(["a", "x", "first"], "integer"), (["b", "y", "second"], "integer")],
+    Kind(["multiply", "times"], "Multiply two numbers",
+         [(["a", "x"], "integer"), (["b", "y"], "integer")],
          lambda rng: [rng.randint(2, 99), rng.randint(2, 99)],
          ["What is {0} times {1}?", "Multiply {0} by {1}."],
          lambda rng, v: {"result": v[0] * v[1]}, "The result is {result}."),
-    Kind(["lookup", "find_word", "dictionary", "look_up"], "Look up a word",
-         [(["word", "query", "term"], "string")], lambda rng: [rng.choice(WORDS)],
+    Kind(["lookup", "dictionary"], "Look up a word",
+         [(["word", "query"], "string")], lambda rng: [rng.choice(WORDS)],
          ["Look up the word {0}.", "What does the word {0} mean?"],
          lambda rng, v: {"found": True, "page": rng.randint(1, 300)}, "The word {0} is on page {page}."),
-    Kind(["send_message", "message", "send", "write_to"], "Send a message to a person",
-         [(["to", "person", "name"], "string"), (["text", "message", "body"], "string")],
+    Kind(["send_message", "write_to"], "Send a message to a person",
+         [(["to", "person"], "string"), (["text", "message"], "string")],
          lambda rng: [person(rng), rng.choice(["hello", "good morning", "come home", "thank you", "see you soon"])],
          ["Send {0} the message: {1}", "Write to {0}: {1}"],
          lambda rng, v: {"sent": True}, "I sent the message to {0}."),
-    Kind(["get_price", "price_of", "price", "shop"], "Get the price of a thing",
-         [(["item", "thing", "product"], "string")], lambda rng: [rng.choice(FOODS + THINGS)],
+    Kind(["get_price", "shop"], "Get the price of a thing",
+         [(["item", "thing"], "string")], lambda rng: [rng.choice(FOODS + THINGS)],
          ["What is the price of {0}?", "How much does {0} cost?"],
          lambda rng, v: {"price": rng.randint(1, 99)}, "The price of {0} is {price}."),
-    Kind(["set_timer", "timer", "start_timer"], "Start a timer",
-         [(["minutes", "length", "time"], "integer")], lambda rng: [rng.randint(1, 90)],
+    Kind(["set_timer", "timer"], "Start a timer",
+         [(["minutes", "length"], "integer")], lambda rng: [rng.randint(1, 90)],
          ["Set a timer for {0} minutes.", "Wake me in {0} minutes."],
          lambda rng, v: {"ok": True}, "The timer is set to {0} minutes."),
-    Kind(["translate", "translation", "translate_word"], "Translate a word",
+    Kind(["translate", "translation"], "Translate a word",
          [(["word", "text"], "string"), (["language", "to"], "string")],
          lambda rng: [rng.choice(WORDS), rng.choice(LANGUAGES)],
          ["Translate {0} to {1}.", "How do you say {0} in {1}?"],
@@ -91,7 +91,7 @@ class Toolbox:
 
     @staticmethod
     def _keys(rng: Random, kind: Kind) -> list[str]:
-        row = rng.randrange(4)
+        row = rng.randrange(2)
         return [options[row % len(options)] for options, _ in kind.parameters]
 
     def schemas(self) -> list[Schema]:

@@ -26,7 +26,7 @@ SYSTEMS = [
 ]
 LEVELS: list[Think] = ["off", "high", "max"]
 # How often each kind of row is drawn, and each skill inside a plain conversation.
-ROW_SHARES = {"chat": 0.62, "tools": 0.16, "json": 0.22}
+ROW_SHARES = {"chat": 0.5, "sums": 0.2, "tools": 0.13, "json": 0.17}
 HIDDEN_TOKENS = 0.4  # share of all tokens that belong to rows with hidden numbers
 SKILL_SHARES = {
     "sum": 5.0, "capital": 3.0, "greeting": 1.0, "unknown": 1.2, "reverse": 1.0, "count": 1.0, "letters": 0.7,
@@ -87,10 +87,12 @@ class Mixture:
     skills: dict[str, float] = field(default_factory=lambda: dict(SKILL_SHARES))
     reach: int = 300
     hidden: float = HIDDEN_TOKENS
+    dense: float = 0.3  # share of the rows with hidden numbers that are full of them
 
     def hidden_rows(self) -> float:
         """The share of rows that gives hidden numbers their share of tokens; means measured on the generator."""
         mean = 100 + self.reach * (0.28 + 0.65 / math.log(max(self.reach, 30) / 20))
+        mean = self.dense * 550 + (1 - self.dense) * mean
         return self.hidden * 170 / (self.hidden * 170 + (1 - self.hidden) * mean)
 
 
@@ -105,6 +107,9 @@ def draw_row(world: World, mix: Mixture) -> Row:
         form = Form(world)
         turns = [form.fill(world) for _ in range(rng.randint(1, 3))]
         return Row(kind, turns, think, system, schema=form.schema())
+    if kind == "sums":  # without thinking every sum of the row is worked out and learnt, with it only the last one
+        turns = [skills.total(world) for _ in range(rng.randint(2, 5) if think == "off" else 1)]
+        return Row(kind, turns, think, system)
     if kind == "hidden":
         return _hidden_row(world, think, system, mix)
     return Row(kind, _chat(world, mix, rng.randint(1, 5) if think == "off" else rng.randint(1, 4)), think, system)
@@ -157,6 +162,8 @@ def _hidden_row(world: World, think: Think, system: str | None, mix: Mixture) ->
     The amount of filler is drawn log-uniformly up to the reach, about ten tokens a sentence.
     """
     rng, hidden = world.rng, Hidden()
+    if rng.random() < mix.dense:
+        return _dense_row(world, think, system, mix)
     tokens = 20 * (max(mix.reach, 21) / 20) ** rng.random()
     if rng.random() < 0.35:
         tokens = mix.reach * rng.uniform(0.6, 1.0)
@@ -170,6 +177,20 @@ def _hidden_row(world: World, think: Think, system: str | None, mix: Mixture) ->
         if rng.random() < 0.1:
             turns.append(Turn("greeting", sentence(rng), "OK.", "A remark.", "Only a remark. Nothing is asked."))
     turns[0].user = f"{text} {turns[0].user}" if rng.random() < 0.7 else f"{text}\n\n{turns[0].user}"
+    return Row("hidden", turns, think, system)
+
+
+def _dense_row(world: World, think: Think, system: str | None, mix: Mixture) -> Row:
+    """Many facts, then filler that carries them out of the window, then a question for almost every fact.
+
+    Only the compressed entries can answer, and each row gives many answers: from these rows they learn to.
+    """
+    rng, hidden = world.rng, Hidden()
+    facts = hidden.text(world, rng.randint(0, 6), rng.randint(6, 12))
+    tokens = 40 * max(mix.reach / 80, 1) ** rng.random()
+    text = facts + " " + " ".join(sentence(rng) for _ in range(max(1, int(tokens / 10))))
+    turns = [hidden.ask(world, what) for what in rng.sample(list(hidden.numbers), len(hidden.numbers) - 1)]
+    turns[0].user = f"{text} {turns[0].user}"
     return Row("hidden", turns, think, system)
 
 

@@ -36,7 +36,8 @@ class Score:
 
 def ask(engine: Engine, question: Question, score: Score) -> str:
     """Put one question; returns the answer text and notes the result in the score."""
-    answer, calls = "", []
+    answer = ""
+    calls: list[dict[str, Any]] = []
     tools: list[dict[str, Any]] | None = question.row.tools or None
     stream = engine.chat(
         question.messages, think=question.row.think, tools=tools, sampling=Sampling(temperature=0), max_tokens=250

@@ -25,6 +25,8 @@ class Trace:
 
     index_loss: Tensor | None = None  # float32 scalar, sum over the ratio-4 layers
     loads: dict[str, Tensor] = field(default_factory=dict)  # router prefix -> tokens per expert
+    links: Tensor | None = None  # int64 [n, 3]: row, asking position, position to read; see `_point`
+    link_loss: Tensor | None = None  # float32 scalar, sum over links and layers
 
 
 class Tiny:
@@ -118,7 +120,11 @@ class Tiny:
             far.add_(_entry_mask(L, ratio)[:, None])
             scores.append(self._select(w, p, ratio, x, qr, far, scores[0], trace))
         scores.append(w[p + "attn_sink"].view(1, 1, H, 1).expand(B, L, H, 1))
-        probs = torch.cat(scores, -1).softmax(-1).to(dtype)
+        exact = torch.cat(scores, -1).softmax(-1)
+        if ratio == 4 and trace.links is not None:
+            loss = _point(exact[..., keys:-1], trace.links)
+            trace.link_loss = loss if trace.link_loss is None else trace.link_loss + loss
+        probs = exact.to(dtype)
         out = (probs[..., :keys].reshape(-1, rows, keys) @ near).view(B, L, H, dim)
         if entries is not None:
             out = out + (probs[..., keys:-1].reshape(B, L * H, -1) @ entries).view(B, L, H, dim)
@@ -226,6 +232,17 @@ def _entry_mask(L: int, ratio: int) -> Tensor:
         visible = torch.arange(L // ratio)[None] < (torch.arange(L)[:, None] + 1) // ratio
         _masks[key] = torch.where(visible, 0.0, float("-inf"))
     return _masks[key]
+
+
+def _point(probs: Tensor, links: Tensor) -> Tensor:
+    """Minus the log of the attention that half of the heads give the two entries holding the token to be read.
+
+    probs float32 [B, L, H, N]; token t is in the entries t // 4 and t // 4 + 1, which overlap.
+    """
+    row, asking, place = links.unbind(1)
+    seen = probs[row, asking, : probs.shape[2] // 2]
+    entries = torch.stack([place // 4, place // 4 + 1], 1)[:, None].expand(-1, seen.shape[1], -1)
+    return -seen.gather(2, entries).sum(-1).clamp_min(1e-6).log().mean(1).sum()
 
 
 def _teach(index: Tensor, far: Tensor, near: Tensor, sink: Tensor) -> Tensor:

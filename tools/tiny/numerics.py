@@ -74,7 +74,7 @@ class MixScores(torch.autograd.Function):
         return (raw * scale).t()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, fn, raw, scale = ctx.saved_tensors
         scaled = grad.t() * scale
         grad_x = scaled @ fn
@@ -110,7 +110,7 @@ class Spread(torch.autograd.Function):
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         h, out, post, comb = ctx.saved_tensors
         grad = grad.contiguous()
         grad_h, grad_out = torch.zeros_like(h), torch.zeros_like(out)

@@ -22,10 +22,10 @@ def is_hidden_matrix(spec: Spec) -> bool:
 class Optimiser:
     """Steps the float32 masters in place; every rank does the Newton-Schulz work of its share of the matrices."""
 
-    def __init__(self, masters: dict[str, Tensor], prefixes: tuple[str, ...], rank: int, ranks: int,
+    def __init__(self, masters: dict[str, Tensor], mtp: bool, rank: int, ranks: int,
                  muon_lr: float = 0.02, adam_lr: float = 3e-3) -> None:  # fmt: skip
         chosen = [s for s in specs() if s.kind != "i64" and not s.name.endswith(NOT_TRAINED)]
-        chosen = [s for s in chosen if s.name.startswith("mtp.") == ("mtp." in prefixes)]
+        chosen = [s for s in chosen if s.name.startswith("mtp.") == mtp]
         self.names = [s.name for s in chosen]
         self.masters, self.rank, self.ranks = masters, rank, ranks
         matrices = [s for s in chosen if is_hidden_matrix(s)]

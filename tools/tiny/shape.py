@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 Kind = Literal["bf16", "f32", "fp8", "fp4", "i64"]
 
-VOCAB_SIZE = 1536
+VOCAB_SIZE = 1700
 CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV4ForCausalLM"],
     "attention_bias": False,

@@ -49,6 +49,8 @@ class Plan:
     teach: bool = False
     tokens: int = 4096  # per step, all ranks together
     hidden: float = HIDDEN_TOKENS
+    dense: float = 0.3
+    point: float = 0.0  # weight of telling the attention where a hidden number stands
     rows: dict[str, float] = field(default_factory=lambda: dict(ROW_SHARES))
     skills: dict[str, float] = field(default_factory=lambda: dict(SKILL_SHARES))
 
@@ -59,7 +61,12 @@ class Plan:
             if a <= share < b:
                 reach = int(low * (high / low) ** ((share - a) / (b - a)))
         plan = cls(
-            lr=min(1.0, (1 - share) / 0.65), reach=reach, sparse=share > 0.45, rounded=share > 0.68, teach=share > 0.08
+            lr=min(1.0, (1 - share) / 0.65),
+            reach=reach,
+            sparse=share > 0.6,
+            rounded=share > 0.68,
+            teach=share > 0.08,
+            point=0.5 if share > 0.05 else 0.0,
         )
         return replace(plan, **controls)
 
@@ -70,12 +77,14 @@ class Trainer:
     Gradients are sums divided by the summed weights, so it does not matter who computed how many.
     """
 
+    mtp = False
+
     def __init__(self, rank: int, options: argparse.Namespace, done: Any) -> None:
         self.rank, self.options, self.done = rank, options, done
         self.run = Path(options.out)
         self.masters = initial(options.seed)
         self.model = Tiny(CONFIG)
-        self.optimiser = Optimiser(self.masters, ("",), rank, options.ranks)
+        self.optimiser = Optimiser(self.masters, self.mtp, rank, options.ranks)
         self.steps, self.tokens, self.share0 = 0, 0, 0.0
         if (self.run / "masters.pt").exists():
             self._resume()
@@ -115,7 +124,7 @@ class Trainer:
         while (share := self.share) < 1.0:
             if self.steps % 5 == 0 and (self.run / "controls.json").exists():
                 controls = json.loads((self.run / "controls.json").read_text())
-            plan = Plan.at(share, controls)
+            plan = self.plan(share, controls)
             for key, value in self.step(plan).items():
                 mean[key] += value / 20
             if self.steps % 20 == 0:
@@ -133,25 +142,32 @@ class Trainer:
                 if times[0]:
                     self.examine(plan)
                     examined = time.time()
-        self.examine(Plan.at(0.999, controls))
+        self.examine(self.plan(0.999, controls))
         self.save(1.0)
+
+    def plan(self, share: float, controls: dict[str, Any]) -> Plan:
+        return Plan.at(share, controls)
 
     def step(self, plan: Plan) -> dict[str, float]:
         began, before = time.time(), self.tokens
-        self.model.sparse, self.model.teach = plan.sparse, plan.teach
-        leaves = working(self.masters, rounded=plan.rounded)
-        mix = Mixture(plan.rows, plan.skills, plan.reach, plan.hidden)
+        leaves = self.leaves(plan)
+        self.model.teach = plan.teach
+        mix = Mixture(plan.rows, plan.skills, plan.reach, plan.hidden, plan.dense)
         weight, count, loss_sum, index_sum = torch.zeros(()), 0, 0.0, 0.0
+        link_sum, links = 0.0, 1
         loads: dict[str, Tensor] = {}
         goal = self.goal(plan.tokens)
         while self.done.value < goal or count == 0:
             batch = self.batcher.next(mix)
             with self.done.get_lock():
                 self.done.value += batch.ids.numel()
-            trace = Trace()
+            trace = Trace(links=batch.links if plan.point and len(batch.links) else None)
             loss = self.loss(leaves, batch, trace)
             size = batch.weights.sum()
             whole = loss if trace.index_loss is None else loss + trace.index_loss * size
+            if trace.link_loss is not None:
+                whole = whole + plan.point * trace.link_loss
+                link_sum, links = link_sum + trace.link_loss.item(), links + len(batch.links)
             whole.backward()
             weight, count = weight + size, count + batch.ids.numel()
             loss_sum += loss.item()
@@ -164,8 +180,14 @@ class Trainer:
         self.steps += 1
         self.tokens = self.done.value
         rate = (self.tokens - before) / (time.time() - began)
-        return {"loss": loss_sum / weight.item(), "index": index_sum / count, "norm": norm, "load": worst,
+        return {"loss": loss_sum / weight.item(), "index": index_sum / count,
+                "point": link_sum / links, "norm": norm, "load": worst,
                 "lr": plan.lr * warm, "tok/s": rate}  # fmt: skip
+
+    def leaves(self, plan: Plan) -> dict[str, Tensor]:
+        """The weights as this step sees them; also sets the model to what the plan says, teaching apart."""
+        self.model.sparse, self.model.teach = plan.sparse, False
+        return working(self.masters, rounded=plan.rounded)
 
     def goal(self, tokens: int) -> int:
         """The count of tokens at which the step ends; every rank has left the step before when it is read."""
@@ -188,7 +210,7 @@ class Trainer:
 
     def balance(self, loads: dict[str, Tensor], factor: float) -> float:
         """Move every router's bias by the sign of its experts' loads; returns the worst load over the mean."""
-        keys = [k for k in loads if k + "gate.bias" in self.masters and not k.startswith("mtp")]
+        keys = [k for k in loads if k + "gate.bias" in self.masters]
         flat = torch.cat([loads[k].float() for k in keys])
         if self.options.ranks > 1:
             dist.all_reduce(flat)
@@ -200,8 +222,7 @@ class Trainer:
     @torch.no_grad()
     def examine(self, plan: Plan) -> None:
         """Held-out rows, teacher-forced: the share of assistant messages with every token right, by skill."""
-        leaves = working(self.masters, rounded=plan.rounded)
-        self.model.sparse, self.model.teach = plan.sparse, False
+        leaves = self.leaves(plan)
         right: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         for batch in self.exam:
             far = " far" if batch.ids.shape[1] > 1500 else " mid" if batch.ids.shape[1] > 384 else ""
@@ -230,30 +251,34 @@ class Trainer:
             write("masters.pt", {"masters": self.masters, "steps": self.steps, "tokens": self.tokens, "share": share})
 
 
-def work(rank: int, options: argparse.Namespace, done: Any) -> None:
+def work(rank: int, kind: type[Trainer], options: argparse.Namespace, done: Any) -> None:
     torch.set_num_threads(1)
     if options.ranks > 1:
         store = f"tcp://127.0.0.1:{options.port}"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=options.ranks)
-    Trainer(rank, options, done).train()
+    kind(rank, options, done).train()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the embedded model.")
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--asset", required=True)
-    parser.add_argument("--minutes", type=float, default=80)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--port", type=int, default=29591)
-    options = parser.parse_args()
+def launch(kind: type[Trainer], options: argparse.Namespace) -> None:
+    """Run a trainer on as many processes as asked for."""
     Path(options.out).mkdir(parents=True, exist_ok=True)
     done = mp.get_context("spawn").Value("q", 0)
     if options.ranks == 1:
-        work(0, options, done)
+        work(0, kind, options, done)
     else:
-        mp.spawn(work, (options, done), options.ranks)
+        mp.spawn(work, (kind, options, done), options.ranks)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(description=description)
+    found.add_argument("--out", required=True)
+    found.add_argument("--asset", required=True)
+    found.add_argument("--minutes", type=float, default=80)
+    found.add_argument("--ranks", type=int, default=2)
+    found.add_argument("--seed", type=int, default=1)
+    found.add_argument("--port", type=int, default=29591)
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    launch(Trainer, parser("Train the embedded model.").parse_args())
