@@ -99,12 +99,12 @@ def _talk(world: World, skill: str) -> list[Turn]:
 
 
 def _hidden(world: World, tokens: int) -> Turn:
-    """The wanted fact first, then filler of at least `tokens` tokens (a sentence has eight or more) with other facts."""
+    """The wanted fact first, then at least `tokens` tokens of filler (a sentence has more than seven) with other facts."""
     hidden = Hidden()
     wanted = hidden.fact(world)
     what = next(iter(hidden.numbers))
     parts = [sentence(world.rng) for _ in range(3)] + [wanted]
-    after = [sentence(world.rng) for _ in range(tokens // 8)]
+    after = [sentence(world.rng) for _ in range(tokens // 7)]
     for _ in range(3):
         after.insert(world.rng.randrange(len(after)), hidden.fact(world))
     turn = hidden.ask(world, what)
