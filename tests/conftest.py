@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 
 
+@pytest.fixture(scope="session")
+def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where this run's CPU kernels are compiled, once for all tests and for the programs that they start."""
+    return tmp_path_factory.mktemp("native")
+
+
 @pytest.fixture(autouse=True)
-def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory,
+             native_folder: Path) -> Path:
     home = tmp_path_factory.mktemp("home")
     for name in [name for name in os.environ if name.startswith("DSV4_")]:  # every setting can be chosen by a variable
         monkeypatch.delenv(name)
@@ -17,5 +24,6 @@ def own_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
         monkeypatch.setenv(name, str(home / name.lower()))
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_TOKEN", "NO_COLOR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DSV4_NATIVE_FOLDER", str(native_folder))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return home

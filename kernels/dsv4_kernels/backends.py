@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
+from dsv4_kernels.native import library
 from dsv4_quant.errors import QuantError
 
 OPERATIONS = ("linear", "norm_rope", "rounding", "hyper", "compressor", "indexer", "attention", "router", "moe")
@@ -45,6 +46,8 @@ def pick(op: str, device: str = "cpu", forced: str | None = None) -> Choice:
         return _forced(op, device, forced)
     native = NATIVE.get(device)
     if native and _exists(op, native):
+        if trouble := _trouble(native):
+            return Choice(_module(op, "ref"), "ref", trouble.message)
         return Choice(_module(op, native), native, f"{native} is written for {device}")
     return Choice(_module(op, "ref"), "ref", f"{op} has no implementation of its own for {device}")
 
@@ -56,7 +59,23 @@ def _forced(op: str, device: str, name: str) -> Choice:
         raise BackendError(f"{op} has no backend {name!r}.", "Choose ref, or leave the choice open.")
     if name != "ref" and NATIVE.get(device) != name:
         raise BackendError(f"Backend {name!r} of {op} cannot compute on {device}.", "Choose ref, or move the model.")
+    if trouble := _trouble(name):
+        raise trouble
     return Choice(_module(op, name), name, "it was asked for")
+
+
+def cpu_trouble() -> QuantError | None:
+    """Why the CPU's own kernels cannot run here (no compiler, say), or None when they can; builds them if need be."""
+    return library.trouble()
+
+
+def use_threads(count: int | None) -> int:
+    """Lets the CPU kernels use `count` threads, or one per physical core for None; returns how many."""
+    return library.set_threads(count)
+
+
+def _trouble(name: str) -> QuantError | None:
+    return library.trouble() if name == "cpu" else None
 
 
 def _exists(op: str, name: str) -> bool:

@@ -1,0 +1,73 @@
+"""The compiled kernels as Python functions: loading, threads, and how a weight is handed over."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from dsv4_kernels.native import processors
+from dsv4_kernels.native.build import BuildError, library_path
+
+P, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+_variant = os.environ.get("DSV4_NATIVE", "native")  # "off" or a name of build.VARIANTS
+_threads: int | None = None
+
+
+def folder() -> Path:
+    """Where compiled libraries lie: DSV4_NATIVE_FOLDER, or `native` in DSV4_CACHE, DSV4_HOME/cache, the user's cache."""
+    if chosen := os.environ.get("DSV4_NATIVE_FOLDER"):
+        return Path(chosen)
+    if chosen := os.environ.get("DSV4_CACHE"):
+        return Path(chosen) / "native"
+    if home := os.environ.get("DSV4_HOME"):
+        return Path(home) / "cache" / "native"
+    return user_cache_path("dsv4") / "native"
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library for this machine, built if need be. Raises BuildError."""
+    if _variant == "off":
+        raise BuildError("The native kernels are switched off (DSV4_NATIVE=off).", "Unset DSV4_NATIVE.")
+    path = library_path(folder(), _variant)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"The CPU kernels were built but cannot be loaded: {error}.", f"Remove {path} and try again.") from error
+    _set_threads(library, _threads or processors.physical_cores())
+    return library
+
+
+@cache
+def trouble() -> BuildError | None:
+    """Why there are no native kernels, or None when there are."""
+    try:
+        load()
+    except BuildError as error:
+        return error
+    return None
+
+
+def set_threads(count: int | None) -> int:
+    """Uses `count` threads from now on, or one per physical core; returns how many."""
+    global _threads
+    _threads = count
+    wanted = count or processors.physical_cores()
+    if trouble() is None:
+        _set_threads(load(), wanted)
+    return wanted
+
+
+def threads() -> int:
+    """How many threads the native kernels use."""
+    return int(load().dsv4_threads()) if trouble() is None else 0
+
+
+def _set_threads(library: ctypes.CDLL, count: int) -> None:
+    cpus = processors.worker_places(count)
+    library.dsv4_set_threads(count, (ctypes.c_int * len(cpus))(*cpus), len(cpus))

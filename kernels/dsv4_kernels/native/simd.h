@@ -1,0 +1,211 @@
+// Vectors of 32 bytes. Arithmetic on them is the compiler's own, on every machine; only what no operator can say (byte
+// dot products, table look-ups, rounding, half floats) is spelled per instruction set: AVX2, with VNNI where there is AVX-512
+// or AVX-VNNI, NEON, and plain C++ (always with DSV4_PORTABLE).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if !defined(DSV4_PORTABLE) && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define DSV4_AVX2 1
+#include <immintrin.h>
+#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+#define DSV4_VNNI 1
+#endif
+#elif !defined(DSV4_PORTABLE) && defined(__ARM_NEON) && defined(__aarch64__)
+#define DSV4_NEON 1
+#include <arm_neon.h>
+#endif
+
+#define DSV4_INLINE inline __attribute__((always_inline))
+
+namespace dsv4 {
+
+typedef int8_t i8x32 __attribute__((vector_size(32)));
+typedef uint8_t u8x32 __attribute__((vector_size(32)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef int16_t i16x32 __attribute__((vector_size(64)));
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint8_t u8x8 __attribute__((vector_size(8)));
+typedef int32_t i32x8 __attribute__((vector_size(32)));
+typedef uint32_t u32x8 __attribute__((vector_size(32)));
+typedef float f32x8 __attribute__((vector_size(32)));
+typedef float f32x4 __attribute__((vector_size(16)));
+
+template <class V>
+DSV4_INLINE V load(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class V>
+DSV4_INLINE void store(void* to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+DSV4_INLINE f32x8 splat(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
+DSV4_INLINE f32x8 splat(float low, float high) { return f32x8{low, low, low, low, high, high, high, high}; }
+
+template <class To, class From>
+DSV4_INLINE To bits(From v) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To to;
+    std::memcpy(&to, &v, sizeof to);
+    return to;
+}
+
+// ---- Floats ----
+
+DSV4_INLINE f32x8 fma(f32x8 a, f32x8 b, f32x8 c) {
+#if DSV4_AVX2
+    return f32x8(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c)));
+#else
+    return a * b + c;
+#endif
+}
+
+DSV4_INLINE float sum(f32x8 v) {
+    f32x4 four = f32x4{v[0], v[1], v[2], v[3]} + f32x4{v[4], v[5], v[6], v[7]};
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+DSV4_INLINE f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8); }
+
+DSV4_INLINE float half_to_float(uint16_t h) {
+#if DSV4_AVX2
+    return _cvtsh_ss(h);
+#elif DSV4_NEON
+    __fp16 x;
+    std::memcpy(&x, &h, 2);
+    return x;
+#else
+    // The exponent is moved into place by a product, which also makes subnormals right; infinities keep theirs.
+    uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = uint32_t(h & 0x7fff) << 13;
+    float x = bits<float>(magnitude) * 0x1p112f;
+    if ((h & 0x7c00) == 0x7c00) x = bits<float>(magnitude | 0x7f800000u);
+    return bits<float>(bits<uint32_t>(x) | sign);
+#endif
+}
+
+DSV4_INLINE float half_at(const uint8_t* from) { return half_to_float(load<uint16_t>(from)); }
+
+DSV4_INLINE f32x8 halves_at(const void* from) {
+#if DSV4_AVX2
+    return f32x8(_mm256_cvtph_ps(load<__m128i>(from)));
+#else
+    f32x8 v;
+    for (int i = 0; i < 8; ++i) v[i] = half_at(static_cast<const uint8_t*>(from) + 2 * i);
+    return v;
+#endif
+}
+
+DSV4_INLINE f32x8 bf16_at(const void* from) {
+    return bits<f32x8>(__builtin_convertvector(load<u16x8>(from), u32x8) << 16);
+}
+
+// E4M3 without its NaN codes: sign and seven bits moved into a float's places; the product mends the exponent's bias.
+DSV4_INLINE f32x8 e4m3_at(const void* from) {
+    u32x8 code = __builtin_convertvector(load<u8x8>(from), u32x8);
+    u32x8 moved = ((code & 0x80) << 24) | ((code & 0x7f) << 20);
+    return bits<f32x8>(moved) * splat(0x1p120f);
+}
+
+DSV4_INLINE float e8m0(uint8_t exponent) {
+    // 2^-127 is the one power that is no normal float; 255 means NaN.
+    return bits<float>(exponent == 0 ? 0x00400000u : exponent == 255 ? 0x7fc00000u : uint32_t(exponent) << 23);
+}
+
+// e^x to about one unit in the last place, 0 below -87; the usual 2^n times a polynomial of the remainder.
+DSV4_INLINE f32x8 exp(f32x8 x) {
+    f32x8 low = splat(-87.3f), high = splat(88.3f);
+    auto tiny = x < low;
+    x = tiny ? low : x;
+    x = x > high ? high : x;
+    f32x8 scaled = x * splat(1.44269504f) + splat(12582912.0f);  // rounds to the nearest whole number
+    f32x8 n = scaled - splat(12582912.0f);
+    f32x8 r = fma(n, splat(-0.693359375f), x);
+    r = fma(n, splat(2.12194440e-4f), r);
+    f32x8 p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r) + splat(1.0f);
+    i32x8 power = (__builtin_convertvector(n, i32x8) + 127) << 23;
+    f32x8 result = p * bits<f32x8>(power);
+    return tiny ? splat(0.0f) : result;
+}
+
+// ---- Bytes ----
+
+// Signed products summed in fours: lane i gains w[4i..4i+3] . a[4i..4i+3]. No value of w or a may be -128.
+DSV4_INLINE i32x8 dot(i8x32 w, i8x32 a) {
+#if DSV4_AVX2
+    __m256i size = _mm256_abs_epi8(__m256i(w)), turned = _mm256_sign_epi8(__m256i(a), __m256i(w));
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+    return i32x8(_mm256_dpbusd_epi32(_mm256_setzero_si256(), size, turned));
+#elif DSV4_VNNI
+    return i32x8(_mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), size, turned));
+#else
+    return i32x8(_mm256_madd_epi16(_mm256_maddubs_epi16(size, turned), _mm256_set1_epi16(1)));
+#endif
+#elif DSV4_NEON
+    int8x16_t w0 = load<int8x16_t>(&w), w1 = load<int8x16_t>(reinterpret_cast<const char*>(&w) + 16);
+    int8x16_t a0 = load<int8x16_t>(&a), a1 = load<int8x16_t>(reinterpret_cast<const char*>(&a) + 16);
+    int32x4_t parts[2];
+#if defined(__ARM_FEATURE_DOTPROD)
+    parts[0] = vdotq_s32(vdupq_n_s32(0), w0, a0);
+    parts[1] = vdotq_s32(vdupq_n_s32(0), w1, a1);
+#else
+    auto four = [](int8x16_t x, int8x16_t y) {
+        int16x8_t low = vmull_s8(vget_low_s8(x), vget_low_s8(y)), high = vmull_s8(vget_high_s8(x), vget_high_s8(y));
+        return vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+    };
+    parts[0] = four(w0, a0);
+    parts[1] = four(w1, a1);
+#endif
+    return load<i32x8>(parts);
+#else
+    i16x32 products = __builtin_convertvector(w, i16x32) * __builtin_convertvector(a, i16x32);
+    i32x8 sums;
+    for (int i = 0; i < 8; ++i)
+        sums[i] = products[4 * i] + products[4 * i + 1] + products[4 * i + 2] + products[4 * i + 3];
+    return sums;
+#endif
+}
+
+// table[index] for 32 indices below 16.
+DSV4_INLINE i8x32 look_up(i8x16 table, u8x32 index) {
+#if DSV4_AVX2
+    return i8x32(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(__m128i(table)), __m256i(index)));
+#elif DSV4_NEON
+    int8x16_t t = load<int8x16_t>(&table);
+    int8x16_t parts[2] = {vqtbl1q_s8(t, load<uint8x16_t>(&index)),
+                          vqtbl1q_s8(t, load<uint8x16_t>(reinterpret_cast<const char*>(&index) + 16))};
+    return load<i8x32>(parts);
+#else
+    i8x32 found;
+    for (int i = 0; i < 32; ++i) found[i] = table[index[i] & 15];
+    return found;
+#endif
+}
+
+// The low nibbles of 16 bytes, then their high ones.
+DSV4_INLINE u8x32 nibbles(const uint8_t* from) {
+    u8x16 pairs = load<u8x16>(from);
+    u8x16 halves[2] = {pairs & 15, pairs >> 4};
+    return load<u8x32>(halves);
+}
+
+// Two bits of every byte: (v >> shift) & 3, and the like. Bytes cannot be shifted as such everywhere, wider lanes can.
+template <int SHIFT>
+DSV4_INLINE u8x32 field(u8x32 v, uint8_t mask) {
+    if constexpr (SHIFT == 0) return v & mask;
+    return bits<u8x32>(bits<u32x8>(v) >> SHIFT) & mask;
+}
+
+}  // namespace dsv4
