@@ -2,6 +2,8 @@
 // waking a sleeper would cost more than the kernel. They sleep soon after, so that torch's own threads find the cores free.
 #include "pool.h"
 
+#include "api.h"
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -150,10 +152,8 @@ void run_parallel(int64_t count, int64_t grain, const Body& body) {
 
 }  // namespace dsv4
 
-extern "C" {
-
 // Replaces the pool by one of `count` threads. cpus: where the workers (not the caller) are pinned, or null.
-void dsv4_set_threads(int count, const int* cpus, int cpu_count) {
+DSV4_API void dsv4_set_threads(int count, const int* cpus, int cpu_count) {
     std::lock_guard<std::mutex> lock(dsv4::callers);
 #if defined(__linux__)
     static bool registered = (pthread_atfork(nullptr, nullptr, dsv4::forget_workers), true);
@@ -163,6 +163,4 @@ void dsv4_set_threads(int count, const int* cpus, int cpu_count) {
     dsv4::pool = count > 1 ? new dsv4::Pool(count, std::vector<int>(cpus, cpus + cpu_count)) : nullptr;
 }
 
-int dsv4_threads() { return dsv4::threads(); }
-
-}
+DSV4_API int dsv4_threads() { return dsv4::threads(); }
