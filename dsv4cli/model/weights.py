@@ -17,7 +17,7 @@ from torch import Tensor
 from dsv4_kernels.compressor import OVERLAPPING, Pending
 from dsv4_kernels.hyper import Mixer
 from dsv4_kernels.linear import Weight
-from dsv4_kernels.moe import Expert
+from dsv4_kernels.moe import Expert, Experts
 from dsv4_quant.errors import CorruptFile
 from dsv4_quant.files import Source
 from dsv4_quant.formats import Packed
@@ -57,7 +57,7 @@ class MoeWeights:
     gate: Weight          # [experts, hidden]
     bias: Tensor | None   # [experts], where the router is learned
     table: Tensor | None  # int64 [vocab, experts per token], where the token id decides
-    experts: list[Expert]
+    experts: Experts
     shared: Expert
 
 
@@ -165,7 +165,7 @@ class Binder:
             gate=self.matrix(prefix + "gate.weight", c.n_routed_experts, c.hidden_size),
             bias=None if by_hash else self.tensor(prefix + "gate.bias", c.n_routed_experts),
             table=self.table(prefix + "gate.tid2eid", c.vocab_size, c.num_experts_per_tok) if by_hash else None,
-            experts=[self.expert(f"{prefix}experts.{number}.", width) for number in range(c.n_routed_experts)],
+            experts=Experts(self.expert(f"{prefix}experts.{number}.", width) for number in range(c.n_routed_experts)),
             shared=self.expert(prefix + "shared_experts.", c.n_shared_experts * width))
 
     def expert(self, prefix: str, width: int) -> Expert:
@@ -228,7 +228,7 @@ def _mapped(node: Node, change: Callable[[Packed | Tensor], Tensor | Packed]) ->
     if isinstance(node, (Packed, Tensor)):
         return change(node)  # type: ignore[return-value]  # a leaf stays a leaf
     if isinstance(node, list):
-        return [_mapped(child, change) for child in node]  # type: ignore[return-value]
+        return type(node)(_mapped(child, change) for child in node)
     if isinstance(node, tuple):
         return type(node)(*(_mapped(child, change) for child in node))
     if is_dataclass(node) and not isinstance(node, type):

@@ -20,6 +20,10 @@ class Expert(NamedTuple):
     w2: Weight  # [d, width]
 
 
+class Experts(list[Expert]):
+    """The experts of one layer. A list that a backend may keep its own view of, so it must not change after its first use."""
+
+
 def routed_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Expert], limit: float, *,
                    backend: str | None = None) -> Tensor:
     """Weighted sum of the chosen experts; no other expert is touched.

@@ -11,11 +11,13 @@ from platformdirs import user_cache_path
 
 from dsv4_kernels.native import processors
 from dsv4_kernels.native.build import BuildError, library_path
+from dsv4_quant.formats import grids
 
-P, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+P, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # of the signatures: pointers, sizes, numbers
 
 _variant = os.environ.get("DSV4_NATIVE", "native")  # "off" or a name of build.VARIANTS
 _threads: int | None = None
+_signatures: dict[str, tuple[type, ...]] = {"dsv4_set_grids": (P, P, P)}
 
 
 def folder() -> Path:
@@ -34,13 +36,34 @@ def load() -> ctypes.CDLL:
     """The library for this machine, built if need be. Raises BuildError."""
     if _variant == "off":
         raise BuildError("The native kernels are switched off (DSV4_NATIVE=off).", "Unset DSV4_NATIVE.")
-    path = library_path(folder(), _variant)
+    return open_library(library_path(folder(), _variant))
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    """A compiled library, with its functions declared, its look-up tables filled and its threads started."""
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise BuildError(f"The CPU kernels were built but cannot be loaded: {error}.", f"Remove {path} and try again.") from error
+        raise BuildError(f"The CPU kernels were built but cannot be loaded: {error}.",
+                         f"Remove {path} and try again.") from error
+    for name in _signatures:
+        _declare(library, name)
+    tables = (grids.iq2_xxs(), grids.iq3_xxs(), grids.signs())
+    library.dsv4_set_grids(*(table.data_ptr() for table in tables))
     _set_threads(library, _threads or processors.physical_cores())
     return library
+
+
+def signature(name: str, *types: type) -> None:
+    """Declares what a function of the library takes; it returns nothing. Called where the function is used."""
+    _signatures[name] = types
+    if load.cache_info().currsize:
+        _declare(load(), name)
+
+
+def _declare(library: ctypes.CDLL, name: str) -> None:
+    function = getattr(library, name)
+    function.argtypes, function.restype = _signatures[name], None
 
 
 @cache

@@ -142,39 +142,42 @@ DSV4_INLINE f32x8 exp(f32x8 x) {
 
 // ---- Bytes ----
 
-// Signed products summed in fours: lane i gains w[4i..4i+3] . a[4i..4i+3]. No value of w or a may be -128.
-DSV4_INLINE i32x8 dot(i8x32 w, i8x32 a) {
-#if DSV4_AVX2
-    __m256i size = _mm256_abs_epi8(__m256i(w)), turned = _mm256_sign_epi8(__m256i(a), __m256i(w));
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    return i32x8(_mm256_dpbusd_epi32(_mm256_setzero_si256(), size, turned));
+// Products summed in fours: lane i gains w[4i..4i+3] . a[4i..4i+3]. No w is above 127, no a is -128.
+DSV4_INLINE i32x8 dot_unsigned(u8x32 w, i8x32 a) {
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__) && DSV4_AVX2
+    return i32x8(_mm256_dpbusd_epi32(_mm256_setzero_si256(), __m256i(w), __m256i(a)));
 #elif DSV4_VNNI
-    return i32x8(_mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), size, turned));
-#else
-    return i32x8(_mm256_madd_epi16(_mm256_maddubs_epi16(size, turned), _mm256_set1_epi16(1)));
-#endif
+    return i32x8(_mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), __m256i(w), __m256i(a)));
+#elif DSV4_AVX2
+    return i32x8(_mm256_madd_epi16(_mm256_maddubs_epi16(__m256i(w), __m256i(a)), _mm256_set1_epi16(1)));
 #elif DSV4_NEON
     int8x16_t w0 = load<int8x16_t>(&w), w1 = load<int8x16_t>(reinterpret_cast<const char*>(&w) + 16);
     int8x16_t a0 = load<int8x16_t>(&a), a1 = load<int8x16_t>(reinterpret_cast<const char*>(&a) + 16);
-    int32x4_t parts[2];
 #if defined(__ARM_FEATURE_DOTPROD)
-    parts[0] = vdotq_s32(vdupq_n_s32(0), w0, a0);
-    parts[1] = vdotq_s32(vdupq_n_s32(0), w1, a1);
+    int32x4_t parts[2] = {vdotq_s32(vdupq_n_s32(0), w0, a0), vdotq_s32(vdupq_n_s32(0), w1, a1)};
 #else
-    auto four = [](int8x16_t x, int8x16_t y) {
+    auto fours = [](int8x16_t x, int8x16_t y) {
         int16x8_t low = vmull_s8(vget_low_s8(x), vget_low_s8(y)), high = vmull_s8(vget_high_s8(x), vget_high_s8(y));
         return vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
     };
-    parts[0] = four(w0, a0);
-    parts[1] = four(w1, a1);
+    int32x4_t parts[2] = {fours(w0, a0), fours(w1, a1)};
 #endif
     return load<i32x8>(parts);
 #else
-    i16x32 products = __builtin_convertvector(w, i16x32) * __builtin_convertvector(a, i16x32);
+    i16x32 products = __builtin_convertvector(i8x32(w), i16x32) * __builtin_convertvector(a, i16x32);
     i32x8 sums;
     for (int i = 0; i < 8; ++i)
         sums[i] = products[4 * i] + products[4 * i + 1] + products[4 * i + 2] + products[4 * i + 3];
     return sums;
+#endif
+}
+
+// The same for signed w above -128. Only x86 has no instruction for it: the sign goes over to a.
+DSV4_INLINE i32x8 dot(i8x32 w, i8x32 a) {
+#if DSV4_AVX2
+    return dot_unsigned(u8x32(_mm256_abs_epi8(__m256i(w))), i8x32(_mm256_sign_epi8(__m256i(a), __m256i(w))));
+#else
+    return dot_unsigned(u8x32(w), a);  // NEON and plain C++ take bytes as signed anyway
 #endif
 }
 

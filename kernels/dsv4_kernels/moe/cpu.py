@@ -1,0 +1,62 @@
+"""Experts in C++: all chosen experts of a layer in one call.
+
+As in `linear`, packed weights meet activations rounded to bytes. Experts of several formats or shapes, formats without a
+kernel and activations that are not float32 go the way of `ref`.
+"""
+
+from __future__ import annotations
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+from torch import Tensor, float32, int64, ones, zeros
+
+from dsv4_kernels import alloc
+from dsv4_kernels.moe import Expert, Experts, ref
+from dsv4_kernels.native.library import F, I, P, load, signature
+from dsv4_kernels.native.weights import Weight, native
+
+signature("dsv4_routed_experts", P, I, P, P, I, P, I, F, P)
+_SLOT = "_native_bank"  # where Experts keep the array of their structs
+
+
+def routed_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Expert], limit: float) -> Tensor:
+    bank = _bank(experts) if x.dtype == weights.dtype == float32 and x.numel() and weights.numel() else None
+    if bank is None:
+        return ref.routed_experts(x, weights, chosen, experts, limit)
+    x, weights, chosen = x.contiguous(), weights.contiguous(), chosen.contiguous()
+    out = alloc.empty_like(x)
+    load().dsv4_routed_experts(x.data_ptr(), x.shape[0], weights.data_ptr(), chosen.data_ptr(), chosen.shape[1], bank,
+                               len(experts), limit, out.data_ptr())
+    return out
+
+
+def shared_expert(x: Tensor, expert: Expert, limit: float) -> Tensor:
+    """An expert that everybody chose, with weight 1."""
+    return routed_experts(x, ones(len(x), 1), zeros(len(x), 1, dtype=int64), (expert,), limit)
+
+
+def _bank(experts: Sequence[Expert]) -> ctypes.Array[Weight] | None:
+    """Gate, up and down of each expert in turn; None when they cannot be computed together. Kept for Experts."""
+    if not isinstance(experts, Experts):
+        return _gathered(experts)
+    known = vars(experts)
+    if _SLOT not in known:
+        known[_SLOT] = _gathered(experts)
+    found: ctypes.Array[Weight] | None = known[_SLOT]
+    return found
+
+
+def _gathered(experts: Sequence[Expert]) -> ctypes.Array[Weight] | None:
+    found = []
+    kinds = set()
+    for expert in experts:
+        for place, part in enumerate((expert.w1, expert.w3, expert.w2)):
+            struct = native(part)
+            if struct is None:
+                return None
+            found.append(struct)
+            kinds.add((place, struct.format, struct.rows, struct.cols))
+    return (Weight * len(found))(*found) if len(kinds) == 3 else None

@@ -1,0 +1,256 @@
+// How each block format unpacks: `visit` walks a row and tells a sink, 32 weights at a time, their bytes and their scale.
+//
+// A sink has four verbs. put(k, w, scale): block k is scale * w with signed bytes w. put_unsigned: the same with bytes 0..63.
+// put_signed: magnitudes and a mask of -1 where the sign is minus. low(i, m): weights of group i of eight sub-blocks lie m
+// below that. A scale is one float, or (HALVES) a vector whose low lanes hold for the first 16 weights.
+//
+// Layouts are those of GGUF and of the official checkpoints; see the decoders in dsv4_quant.formats.
+#pragma once
+
+#include "simd.h"
+#include "weight.h"
+
+namespace dsv4 {
+
+extern uint64_t grid_iq2_xxs[256];  // eight magnitudes each
+extern uint32_t grid_iq3_xxs[256];  // four magnitudes each
+extern uint64_t sign_masks[128];    // seven signs and their parity, a byte of 0 or -1 each
+
+struct Row {
+    const uint8_t* data;
+    const uint8_t* scales;
+    bool float_scales;
+};
+
+struct Q8_0Format {
+    static constexpr bool HALVES = false, SPLIT = false;
+    static constexpr int LOW = 0;
+
+    template <class Sink>
+    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
+        const uint8_t* b = row.data;
+        for (int64_t k = 0; k < cols / 32; ++k, b += 34) sink.put(k, load<i8x32>(b + 2), half_at(b));
+    }
+};
+
+// Codes 0 .5 1 1.5 2 3 4 6 and their negatives, doubled to be whole; the scale is halved instead.
+constexpr i8x16 E2M1 = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+struct MXFP4Format {
+    static constexpr bool HALVES = false, SPLIT = false;
+    static constexpr int LOW = 0;
+
+    template <class Sink>
+    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
+        const uint8_t* b = row.data;
+        for (int64_t k = 0; k < cols / 32; ++k, b += 17) sink.put(k, look_up(E2M1, nibbles(b + 1)), 0.5f * e8m0(*b));
+    }
+};
+
+struct FP4Format {
+    static constexpr bool HALVES = false, SPLIT = true;  // a byte holds neighbours: its nibbles are evens and odds
+    static constexpr int LOW = 0;
+
+    template <class Sink>
+    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
+        for (int64_t k = 0; k < cols / 32; ++k) {
+            float scale = row.float_scales ? load<float>(row.scales + 4 * k) : e8m0(row.scales[k]);
+            sink.put(k, look_up(E2M1, nibbles(row.data + 16 * k)), 0.5f * scale);
+        }
+    }
+};
+
+// Twelve bytes that hold eight scales and eight minima of six bits, as Q4_K and Q5_K pack them.
+struct SixBits {
+    uint8_t scales[8], lows[8];
+
+    explicit SixBits(const uint8_t* from) {
+        uint32_t a = load<uint32_t>(from), b = load<uint32_t>(from + 4), c = load<uint32_t>(from + 8);
+        store(scales, a & 0x3f3f3f3fu);
+        store(scales + 4, (c & 0x0f0f0f0fu) | (a >> 2 & 0x30303030u));
+        store(lows, b & 0x3f3f3f3fu);
+        store(lows + 4, (c >> 4 & 0x0f0f0f0fu) | (b >> 2 & 0x30303030u));
+    }
+};
+
+DSV4_INLINE f32x8 bytes_to_floats(const uint8_t* from) {
+    return __builtin_convertvector(__builtin_convertvector(load<u8x8>(from), i32x8), f32x8);
+}
+
+struct Q4_KFormat {
+    static constexpr bool HALVES = false, SPLIT = false;
+    static constexpr int LOW = 32;
+
+    template <class Sink>
+    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
+        const uint8_t* b = row.data;
+        for (int64_t s = 0; s < cols / 256; ++s, b += 144) {
+            SixBits six(b + 4);
+            float scales[8];
+            store(scales, bytes_to_floats(six.scales) * splat(half_at(b)));
+            sink.low(s, bytes_to_floats(six.lows) * splat(half_at(b + 2)));
+            for (int j = 0; j < 4; ++j) {
+                u8x32 pairs = load<u8x32>(b + 16 + 32 * j);
+                sink.put_unsigned(8 * s + 2 * j, field<0>(pairs, 15), scales[2 * j]);
+                sink.put_unsigned(8 * s + 2 * j + 1, field<4>(pairs, 15), scales[2 * j + 1]);
+            }
+        }
+    }
+};
+
+struct Q5_KFormat {
+    static constexpr bool HALVES = false, SPLIT = false;
+    static constexpr int LOW = 32;
+
+    template <class Sink>
+    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
+        const uint8_t* b = row.data;
+        for (int64_t s = 0; s < cols / 256; ++s, b += 176) {
+            SixBits six(b + 4);
+            float scales[8];
+            store(scales, bytes_to_floats(six.scales) * splat(half_at(b)));
+            sink.low(s, bytes_to_floats(six.lows) * splat(half_at(b + 2)));
+            u8x32 fifth = load<u8x32>(b + 16);
+            for (int j = 0; j < 4; ++j) {
+                u8x32 pairs = load<u8x32>(b + 48 + 32 * j);
+                u8x32 low = field<0>(pairs, 15) | bits<u8x32>(bits<u32x8>(field<0>(fifth, 1)) << 4);
+                u8x32 high = field<4>(pairs, 15) | bits<u8x32>(bits<u32x8>(field<1>(fifth, 1)) << 4);
+                sink.put_unsigned(8 * s + 2 * j, low, scales[2 * j]);
+                sink.put_unsigned(8 * s + 2 * j + 1, high, scales[2 * j + 1]);
+                fifth = bits<u8x32>(bits<u32x8>(fifth) >> 2);  // what crosses into a neighbour is masked away above
+            }
+        }
+    }
+};
+
+struct Q6_KFormat {
+    static constexpr bool HALVES = true, SPLIT = false;
+    static constexpr int LOW = 0;
+
+    template <class Sink>
+    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
+        const uint8_t* b = row.data;
+        for (int64_t s = 0; s < cols / 256; ++s, b += 210) {
+            float d = half_at(b + 208);
+            const int8_t* scales = reinterpret_cast<const int8_t*>(b + 192);
+            for (int half = 0; half < 2; ++half) {
+                u8x32 first = load<u8x32>(b + 64 * half), second = load<u8x32>(b + 64 * half + 32);
+                u8x32 upper = load<u8x32>(b + 128 + 32 * half);
+                u8x32 codes[4] = {field<0>(first, 15) | bits<u8x32>(bits<u32x8>(field<0>(upper, 3)) << 4),
+                                  field<0>(second, 15) | bits<u8x32>(bits<u32x8>(field<2>(upper, 3)) << 4),
+                                  field<4>(first, 15) | bits<u8x32>(bits<u32x8>(field<4>(upper, 3)) << 4),
+                                  field<4>(second, 15) | bits<u8x32>(bits<u32x8>(field<6>(upper, 3)) << 4)};
+                for (int j = 0; j < 4; ++j, scales += 2)
+                    sink.put(8 * s + 4 * half + j, i8x32(codes[j]) - 32, splat(d * scales[0], d * scales[1]));
+            }
+        }
+    }
+};
+
+struct Q3_KFormat {
+    static constexpr bool HALVES = true, SPLIT = false;
+    static constexpr int LOW = 0;
+
+    template <class Sink>
+    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
+        const uint8_t* b = row.data;
+        for (int64_t s = 0; s < cols / 256; ++s, b += 110) {
+            float d = half_at(b + 108);
+            uint8_t scales[16];
+            unpack_scales(b + 96, scales);
+            u8x32 third = ~load<u8x32>(b);  // a bit that is clear takes 4 away
+            for (int j = 0; j < 8; ++j) {
+                u8x32 pairs = load<u8x32>(b + 32 + 32 * (j / 4));
+                u8x32 code = bits<u8x32>(bits<u32x8>(pairs) >> (2 * (j % 4))) & 3;
+                u8x32 below = bits<u8x32>(bits<u32x8>(third) >> j) & 1;
+                i8x32 w = i8x32(code) - i8x32(bits<u8x32>(bits<u32x8>(below) << 2));
+                sink.put(8 * s + j, w, splat(d * (scales[2 * j] - 32), d * (scales[2 * j + 1] - 32)));
+            }
+        }
+    }
+
+    // Sixteen scales of six bits: low nibbles in eight bytes, the upper two bits in the last four.
+    static DSV4_INLINE void unpack_scales(const uint8_t* from, uint8_t* scales) {
+        uint32_t a = load<uint32_t>(from), b = load<uint32_t>(from + 4), upper = load<uint32_t>(from + 8);
+        store(scales, (a & 0x0f0f0f0fu) | (upper << 4 & 0x30303030u));
+        store(scales + 4, (b & 0x0f0f0f0fu) | (upper << 2 & 0x30303030u));
+        store(scales + 8, (a >> 4 & 0x0f0f0f0fu) | (upper & 0x30303030u));
+        store(scales + 12, (b >> 4 & 0x0f0f0f0fu) | (upper >> 2 & 0x30303030u));
+    }
+};
+
+struct Q2_KFormat {
+    static constexpr bool HALVES = true, SPLIT = false;
+    static constexpr int LOW = 16;
+
+    template <class Sink>
+    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
+        const uint8_t* b = row.data;
+        for (int64_t s = 0; s < cols / 256; ++s, b += 84) {
+            u8x16 packed = load<u8x16>(b);
+            uint8_t scales[16], lows[16];
+            store(scales, packed & 15);
+            store(lows, packed >> 4);
+            f32x8 d = splat(half_at(b + 80)), d_low = splat(half_at(b + 82));
+            float steps[16];
+            store(steps, bytes_to_floats(scales) * d);
+            store(steps + 8, bytes_to_floats(scales + 8) * d);
+            sink.low(2 * s, bytes_to_floats(lows) * d_low);
+            sink.low(2 * s + 1, bytes_to_floats(lows + 8) * d_low);
+            for (int half = 0; half < 2; ++half) {
+                u8x32 quads = load<u8x32>(b + 16 + 32 * half);
+                u8x32 codes[4] = {field<0>(quads, 3), field<2>(quads, 3), field<4>(quads, 3), field<6>(quads, 3)};
+                for (int j = 0; j < 4; ++j) {
+                    const float* step = steps + 8 * half + 2 * j;
+                    sink.put_unsigned(8 * s + 4 * half + j, codes[j], splat(step[0], step[1]));
+                }
+            }
+        }
+    }
+};
+
+DSV4_INLINE i8x32 four_masks(uint32_t signs) {
+    uint64_t masks[4] = {sign_masks[signs & 127], sign_masks[signs >> 7 & 127], sign_masks[signs >> 14 & 127],
+                         sign_masks[signs >> 21 & 127]};
+    return load<i8x32>(masks);
+}
+
+struct IQ2_XXSFormat {
+    static constexpr bool HALVES = false, SPLIT = false;
+    static constexpr int LOW = 0;
+
+    template <class Sink>
+    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
+        const uint8_t* b = row.data;
+        for (int64_t s = 0; s < cols / 256; ++s, b += 66) {
+            float d = 0.125f * half_at(b);
+            for (int j = 0; j < 8; ++j) {
+                const uint8_t* p = b + 2 + 8 * j;
+                uint32_t signs = load<uint32_t>(p + 4);
+                uint64_t sizes[4] = {grid_iq2_xxs[p[0]], grid_iq2_xxs[p[1]], grid_iq2_xxs[p[2]], grid_iq2_xxs[p[3]]};
+                sink.put_signed(8 * s + j, load<u8x32>(sizes), four_masks(signs), d * float(1 + 2 * (signs >> 28)));
+            }
+        }
+    }
+};
+
+struct IQ3_XXSFormat {
+    static constexpr bool HALVES = false, SPLIT = false;
+    static constexpr int LOW = 0;
+
+    template <class Sink>
+    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
+        const uint8_t* b = row.data;
+        for (int64_t s = 0; s < cols / 256; ++s, b += 98) {
+            float d = 0.25f * half_at(b);
+            for (int j = 0; j < 8; ++j) {
+                const uint8_t* p = b + 2 + 8 * j;
+                uint32_t signs = load<uint32_t>(b + 66 + 4 * j), sizes[8];
+                for (int i = 0; i < 8; ++i) sizes[i] = grid_iq3_xxs[p[i]];
+                sink.put_signed(8 * s + j, load<u8x32>(sizes), four_masks(signs), d * float(1 + 2 * (signs >> 28)));
+            }
+        }
+    }
+};
+
+}  // namespace dsv4

@@ -1,0 +1,32 @@
+// Products of a few or many tokens with one matrix, or with one matrix for each group.
+#include <algorithm>
+
+#include "api.h"
+#include "formats.h"
+#include "pool.h"
+
+using namespace dsv4;
+
+// The look-up tables of the IQ formats; `signs` are the 128 patterns of eight bits.
+DSV4_API void dsv4_set_grids(const uint64_t* iq2_xxs, const uint32_t* iq3_xxs, const uint8_t* signs) {
+    std::memcpy(grid_iq2_xxs, iq2_xxs, sizeof grid_iq2_xxs);
+    std::memcpy(grid_iq3_xxs, iq3_xxs, sizeof grid_iq3_xxs);
+    for (int pattern = 0; pattern < 128; ++pattern) {
+        sign_masks[pattern] = 0;
+        for (int i = 0; i < 8; ++i)
+            if (signs[pattern] >> i & 1) sign_masks[pattern] |= uint64_t(0xff) << (8 * i);
+    }
+}
+
+// x [tokens, groups, cols], weight [groups * out, cols] -> y [tokens, groups * out].
+DSV4_API void dsv4_linear(const float* x, int64_t tokens, int64_t groups, const Weight* weight, float* y) {
+    int64_t out = weight->rows / groups;
+    Activations a = rounded(x, tokens * groups, weight->cols, wants(weight->format), 0);
+    parallel(weight->rows, rows_per_piece(weight->rows, weight->cols, tokens), [&](int64_t begin, int64_t end) {
+        while (begin < end) {  // a piece may reach into the next group
+            int64_t group = begin / out, stop = std::min(end, (group + 1) * out);
+            multiply(*weight, begin, stop, a, Picked{tokens, group, groups}, y + begin, weight->rows);
+            begin = stop;
+        }
+    });
+}

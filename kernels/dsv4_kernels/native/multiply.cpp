@@ -1,0 +1,281 @@
+// Matrix products on packed rows. A few tokens: each row is unpacked in registers and met with each token at once. Many
+// tokens: four rows are unpacked into a small buffer, which then meets all tokens. Both add in the same order, so a token's
+// result does not depend on how many came with it.
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "formats.h"
+#include "pool.h"
+
+namespace dsv4 {
+
+uint64_t grid_iq2_xxs[256], sign_masks[128];
+uint32_t grid_iq3_xxs[256];
+
+namespace {
+
+constexpr int TILE = 4;        // rows that are unpacked together
+constexpr int64_t FEW = 3;     // tokens up to which unpacking again is cheaper
+
+Row row_of(const Weight& w, int64_t row) {
+    const uint8_t* scales = w.scales ? w.scales + row * w.scale_cols * (w.float_scales ? 4 : 1) : nullptr;
+    return {w.data + row * w.row_bytes, scales, w.float_scales != 0};
+}
+
+DSV4_INLINE f32x8 times(float scale, float d) { return splat(scale * d); }
+DSV4_INLINE f32x8 times(f32x8 scale, float d) { return scale * splat(d); }
+
+// One token's row of bytes.
+struct Bytes {
+    const int8_t* q;
+    const float *d, *sums;
+
+    template <class F>
+    static Bytes of(const Activations& x, int64_t row) {
+        const float* sums = F::LOW == 16 ? x.sum16 + row * (x.cols / 16) : x.sum32 + row * (x.cols / 32);
+        return {x.q + row * x.cols, x.d + row * (x.cols / 32), F::LOW ? sums : nullptr};
+    }
+};
+
+// Two sums, for even and odd blocks: a single one would have to wait for itself.
+struct Dot {
+    Bytes a;
+    f32x8 even = {}, odd = {}, below = {};
+
+    DSV4_INLINE void add(int64_t k, i32x8 products, f32x8 scale) {
+        if (k & 1)
+            odd = fma(to_float(products), scale, odd);
+        else
+            even = fma(to_float(products), scale, even);
+    }
+    DSV4_INLINE i8x32 block(int64_t k) const { return load<i8x32>(a.q + 32 * k); }
+
+    template <class S>
+    DSV4_INLINE void put(int64_t k, i8x32 w, S scale) { add(k, dot(w, block(k)), times(scale, a.d[k])); }
+    template <class S>
+    DSV4_INLINE void put_unsigned(int64_t k, u8x32 w, S scale) { add(k, dot_unsigned(w, block(k)), times(scale, a.d[k])); }
+    template <class S>
+    DSV4_INLINE void put_signed(int64_t k, u8x32 size, i8x32 mask, S scale) {
+        add(k, dot_unsigned(size, (block(k) ^ mask) - mask), times(scale, a.d[k]));
+    }
+    DSV4_INLINE void low(int64_t i, f32x8 m) { below = fma(m, load<f32x8>(a.sums + 8 * i), below); }
+    float total() const { return sum(even + odd) - sum(below); }
+};
+
+// Four rows, unpacked: bytes with their signs, scales, minima.
+template <class F>
+struct Tile {
+    using Scale = std::conditional_t<F::HALVES, f32x8, float>;
+
+    struct Sink {
+        int8_t* w;
+        Scale* scales;
+        f32x8* lows;
+
+        DSV4_INLINE void put(int64_t k, i8x32 v, Scale scale) {
+            store(w + 32 * k, v);
+            store(scales + k, scale);
+        }
+        DSV4_INLINE void put_unsigned(int64_t k, u8x32 v, Scale scale) { put(k, i8x32(v), scale); }
+        DSV4_INLINE void put_signed(int64_t k, u8x32 size, i8x32 mask, Scale scale) {
+            put(k, (i8x32(size) ^ mask) - mask, scale);
+        }
+        DSV4_INLINE void low(int64_t i, f32x8 m) { store(lows + i, m); }
+    };
+
+    explicit Tile(int64_t cols) : cols(cols), blocks(cols / 32), groups(F::LOW ? cols / F::LOW / 8 : 0) {
+        size_t bytes = size_t(TILE * (cols + blocks * sizeof(Scale) + groups * sizeof(f32x8))) + 64;
+        if (memory.size() < bytes) memory.resize(bytes);
+        char* start = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+        lows = reinterpret_cast<f32x8*>(start);
+        scales = reinterpret_cast<Scale*>(lows + TILE * groups);
+        w = reinterpret_cast<int8_t*>(scales + TILE * blocks);
+    }
+
+    void unpack(const Weight& weight, int64_t first, int rows) {
+        for (int r = 0; r < rows; ++r) {
+            Sink sink{w + r * cols, scales + r * blocks, lows + r * groups};
+            F::visit(row_of(weight, first + r), cols, sink);
+        }
+    }
+
+    // y[r] for the ROWS unpacked rows from `first` on.
+    template <int ROWS>
+    DSV4_INLINE void multiply(const Bytes& a, int first, float* y) const {
+        f32x8 even[ROWS] = {}, odd[ROWS] = {};
+        for (int64_t k = 0; k + 1 < blocks; k += 2) {
+            add<ROWS>(a, first, k, even);
+            add<ROWS>(a, first, k + 1, odd);
+        }
+        if (blocks & 1) add<ROWS>(a, first, blocks - 1, even);
+        for (int r = 0; r < ROWS; ++r) y[r] = sum(even[r] + odd[r]) - below(a, first + r);
+    }
+
+private:
+    template <int ROWS>
+    DSV4_INLINE void add(const Bytes& a, int first, int64_t k, f32x8* sums) const {
+        i8x32 block = load<i8x32>(a.q + 32 * k);
+        float d = a.d[k];
+        for (int r = 0; r < ROWS; ++r) {
+            i32x8 products = dot(load<i8x32>(w + (first + r) * cols + 32 * k), block);
+            sums[r] = fma(to_float(products), times(scales[(first + r) * blocks + k], d), sums[r]);
+        }
+    }
+
+    DSV4_INLINE float below(const Bytes& a, int r) const {
+        f32x8 total = {};
+        for (int64_t i = 0; i < groups; ++i) total = fma(lows[r * groups + i], load<f32x8>(a.sums + 8 * i), total);
+        return sum(total);
+    }
+
+    static thread_local std::vector<char> memory;
+    int64_t cols, blocks, groups;
+    int8_t* w;
+    Scale* scales;
+    f32x8* lows;
+};
+
+template <class F>
+thread_local std::vector<char> Tile<F>::memory;
+
+template <class F>
+void multiply_bytes(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
+                    int64_t y_stride) {
+    if (picked.count <= FEW) {
+        for (int64_t row = begin; row < end; ++row)
+            for (int64_t i = 0; i < picked.count; ++i) {
+                Dot dot{Bytes::of<F>(x, picked[i])};
+                F::visit(row_of(weight, row), weight.cols, dot);
+                y[i * y_stride + row - begin] = dot.total();
+            }
+        return;
+    }
+    Tile<F> tile(weight.cols);
+    for (int64_t row = begin; row < end; row += TILE) {
+        int rows = int(std::min<int64_t>(TILE, end - row));
+        tile.unpack(weight, row, rows);
+        for (int64_t i = 0; i < picked.count; ++i) {
+            Bytes a = Bytes::of<F>(x, picked[i]);
+            float found[TILE] = {};
+            if (rows == TILE)
+                tile.template multiply<TILE>(a, 0, found);
+            else
+                for (int r = 0; r < rows; ++r) tile.template multiply<1>(a, r, found + r);
+            std::copy(found, found + rows, y + i * y_stride + row - begin);
+        }
+    }
+}
+
+// ---- Formats whose weights are floats, multiplied with the activations as they are ----
+
+struct F32Format {
+    static constexpr int BYTES = 4;
+    static DSV4_INLINE f32x8 eight(const uint8_t* from) { return load<f32x8>(from); }
+    static float one(const uint8_t* from) { return load<float>(from); }
+};
+struct F16Format {
+    static constexpr int BYTES = 2;
+    static DSV4_INLINE f32x8 eight(const uint8_t* from) { return halves_at(from); }
+    static float one(const uint8_t* from) { return half_at(from); }
+};
+struct BF16Format {
+    static constexpr int BYTES = 2;
+    static DSV4_INLINE f32x8 eight(const uint8_t* from) { return bf16_at(from); }
+    static float one(const uint8_t* from) { return bits<float>(uint32_t(load<uint16_t>(from)) << 16); }
+};
+struct FP8Format {
+    static constexpr int BYTES = 1;
+    static DSV4_INLINE f32x8 eight(const uint8_t* from) { return e4m3_at(from); }
+    static float one(const uint8_t* from) { return bits<float>(uint32_t(*from & 0x80) << 24 | uint32_t(*from & 0x7f) << 20) * 0x1p120f; }
+};
+
+constexpr int64_t SPAN = 128;  // columns under one scale of FP8; the others have none and count as 1
+
+DSV4_INLINE float span_scale(const Weight& w, int64_t row, int64_t span) {
+    if (!w.scales) return 1.0f;
+    int64_t at = row / SPAN * w.scale_cols + span;
+    return w.float_scales ? load<float>(w.scales + 4 * at) : e8m0(w.scales[at]);
+}
+
+// The sum over `cols` columns of up to TOKENS rows of x, each weight read and widened once.
+template <class F, int TOKENS>
+DSV4_INLINE void dot_floats(const Weight& w, int64_t row, const float* const* x, float* y) {
+    f32x8 total[TOKENS] = {};
+    float rest[TOKENS] = {};
+    for (int64_t start = 0, span = 0; start < w.cols; start += SPAN, ++span) {
+        int64_t stop = std::min(start + SPAN, w.cols), i = start;
+        const uint8_t* data = w.data + row * w.row_bytes;
+        f32x8 part[TOKENS] = {}, other[TOKENS] = {};
+        for (; i + 16 <= stop; i += 16) {
+            f32x8 first = F::eight(data + i * F::BYTES), second = F::eight(data + (i + 8) * F::BYTES);
+            for (int t = 0; t < TOKENS; ++t) {
+                part[t] = fma(first, load<f32x8>(x[t] + i), part[t]);
+                other[t] = fma(second, load<f32x8>(x[t] + i + 8), other[t]);
+            }
+        }
+        float scale = span_scale(w, row, span);
+        for (int t = 0; t < TOKENS; ++t) total[t] = fma(part[t] + other[t], splat(scale), total[t]);
+        for (; i < stop; ++i)
+            for (int t = 0; t < TOKENS; ++t) rest[t] += scale * F::one(data + i * F::BYTES) * x[t][i];
+    }
+    for (int t = 0; t < TOKENS; ++t) y[t] = sum(total[t]) + rest[t];
+}
+
+template <class F>
+void multiply_floats(const Weight& w, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
+                     int64_t y_stride) {
+    constexpr int TOKENS = 4;
+    for (int64_t row = begin; row < end; ++row) {
+        int64_t i = 0;
+        for (; i + TOKENS <= picked.count; i += TOKENS) {
+            const float* rows[TOKENS];
+            float found[TOKENS];
+            for (int t = 0; t < TOKENS; ++t) rows[t] = x.x + picked[i + t] * x.cols;
+            dot_floats<F, TOKENS>(w, row, rows, found);
+            for (int t = 0; t < TOKENS; ++t) y[(i + t) * y_stride + row - begin] = found[t];
+        }
+        for (; i < picked.count; ++i) {
+            const float* one = x.x + picked[i] * x.cols;
+            dot_floats<F, 1>(w, row, &one, y + i * y_stride + row - begin);
+        }
+    }
+}
+
+struct Kind {
+    Wants wants;
+    void (*multiply)(const Weight&, int64_t, int64_t, const Activations&, const Picked&, float*, int64_t);
+};
+
+template <class F>
+constexpr Kind bytes() {
+    return {{true, F::SPLIT, F::LOW != 0}, multiply_bytes<F>};
+}
+
+template <class F>
+constexpr Kind floats() {
+    return {{false, false, false}, multiply_floats<F>};
+}
+
+const Kind kinds[FORMATS] = {  // in the order of enum Format
+    floats<F32Format>(), floats<F16Format>(), floats<BF16Format>(), floats<FP8Format>(), bytes<Q8_0Format>(),
+    bytes<MXFP4Format>(), bytes<FP4Format>(), bytes<Q2_KFormat>(), bytes<Q3_KFormat>(), bytes<Q4_KFormat>(),
+    bytes<Q5_KFormat>(), bytes<Q6_KFormat>(), bytes<IQ2_XXSFormat>(), bytes<IQ3_XXSFormat>()};
+
+}  // namespace
+
+Wants wants(int32_t format) { return kinds[format].wants; }
+
+void multiply(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
+              int64_t y_stride) {
+    kinds[weight.format].multiply(weight, begin, end, x, picked, y, y_stride);
+}
+
+int64_t rows_per_piece(int64_t rows, int64_t cols, int64_t tokens) {
+    int64_t enough = std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(1, cols * tokens));
+    int64_t fair = std::max<int64_t>(1, rows / (8 * threads()));
+    int64_t piece = std::min(std::max(enough, std::min<int64_t>(fair, 64)), rows);
+    return (piece + TILE - 1) / TILE * TILE;
+}
+
+}  // namespace dsv4

@@ -1,0 +1,60 @@
+// A matrix as it lies in its file, handed over by library.py, and the rows of activations that it is multiplied with.
+#pragma once
+
+#include <cstdint>
+
+namespace dsv4 {
+
+// Numbers are those of library.FORMATS.
+enum Format : int32_t { F32, F16, BF16, FP8, Q8_0, MXFP4, FP4, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ2_XXS, IQ3_XXS, FORMATS };
+
+struct Weight {
+    const uint8_t* data;
+    const uint8_t* scales;  // of FP8 and FP4, which keep them apart
+    int64_t rows, cols;
+    int64_t row_bytes;
+    int64_t scale_cols;    // scales in a row of them
+    int32_t format;
+    int32_t float_scales;  // they are float32, not E8M0
+};
+
+// x [rows, cols] as float32 and, where a format multiplies bytes, as bytes: x ~ d * q, with one d for 32 values in a row.
+struct Activations {
+    const float* x;
+    int64_t cols;
+    const int8_t* q;    // in the order in which the format's blocks unpack
+    const float* d;     // [rows, cols / 32]
+    const float* sum16;  // [rows, cols / 16]: sums of 16 rounded values, for formats with a minimum
+    const float* sum32;  // [rows, cols / 32]
+};
+
+// Which of these rows a product takes, in order: first, first + stride, ..., or those of a list.
+struct Picked {
+    int64_t count;
+    int64_t first = 0, stride = 1;
+    const int32_t* list = nullptr;
+
+    int64_t operator[](int64_t i) const { return list ? list[i] : first + i * stride; }
+};
+
+// What a format wants of the activations.
+struct Wants {
+    bool bytes;  // rounded to bytes; else float32 only
+    bool split;  // the even values of each 32 first
+    bool sums;
+};
+
+Wants wants(int32_t format);
+
+// Rounds rows of x [count, cols] and returns them; the memory belongs to the calling thread until its next call with the
+// same slot (0 or 1).
+Activations rounded(const float* x, int64_t count, int64_t cols, Wants wants, int slot);
+
+// y[i * y_stride + row - begin] = weight[row] . x[picked[i]] for rows begin .. end.
+void multiply(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
+              int64_t y_stride);
+
+// Rows that make a piece of work worth handing to a thread, few enough that none of them waits long for the others.
+int64_t rows_per_piece(int64_t rows, int64_t cols, int64_t tokens);
+
+}  // namespace dsv4
