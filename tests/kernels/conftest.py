@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dsv4_kernels import alloc
+from dsv4_kernels import alloc, backends
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +15,16 @@ def poisoned() -> Iterator[None]:
     alloc.poison(True)
     yield
     alloc.poison(False)
+
+
+@pytest.fixture(autouse=True)
+def reference_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tests of the maths run on `ref`; those of the CPU's own kernels are in files called test_*_native.py."""
+    if not request.path.stem.endswith(("_native", "_backends")):
+        monkeypatch.setattr(backends, "NATIVE", {})
+    backends.pick.cache_clear()
+    yield
+    backends.pick.cache_clear()
 
 
 @pytest.fixture

@@ -10,12 +10,11 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from dsv4_kernels.native import processors
-from dsv4_kernels.native.build import BuildError, library_path
+from dsv4_kernels.native.build import VARIANTS, BuildError, library_path
 from dsv4_quant.formats import grids
 
 P, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # of the signatures: pointers, sizes, numbers
 
-_variant = os.environ.get("DSV4_NATIVE", "native")  # "off" or a name of build.VARIANTS
 _threads: int | None = None
 _signatures: dict[str, tuple[type, ...]] = {"dsv4_set_grids": (P, P, P)}
 
@@ -34,9 +33,11 @@ def folder() -> Path:
 @cache
 def load() -> ctypes.CDLL:
     """The library for this machine, built if need be. Raises BuildError."""
-    if _variant == "off":
-        raise BuildError("The native kernels are switched off (DSV4_NATIVE=off).", "Unset DSV4_NATIVE.")
-    return open_library(library_path(folder(), _variant))
+    variant = os.environ.get("DSV4_NATIVE", "native")
+    if variant not in VARIANTS:
+        raise BuildError(f"DSV4_NATIVE is {variant!r}, so there are no CPU kernels.",
+                         f"Unset it, or choose one of {', '.join(VARIANTS)}.")
+    return open_library(library_path(folder(), variant))
 
 
 def open_library(path: Path) -> ctypes.CDLL:
