@@ -15,6 +15,8 @@ from dsv4_quant.formats import grids
 
 P, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # of the signatures: pointers, sizes, numbers
 
+_library: ctypes.CDLL | None = None  # what the doors compute with
+_opened: list[ctypes.CDLL] = []
 _threads: int | None = None
 _signatures: dict[str, tuple[type, ...]] = {"dsv4_set_grids": (P, P, P)}
 
@@ -30,9 +32,15 @@ def folder() -> Path:
     return user_cache_path("dsv4") / "native"
 
 
-@cache
 def load() -> ctypes.CDLL:
     """The library for this machine, built if need be. Raises BuildError."""
+    global _library
+    if _library is None:
+        _library = _find()
+    return _library
+
+
+def _find() -> ctypes.CDLL:
     variant = os.environ.get("DSV4_NATIVE", "native")
     if variant not in VARIANTS:
         raise BuildError(f"DSV4_NATIVE is {variant!r}, so there are no CPU kernels.",
@@ -47,6 +55,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     except OSError as error:
         raise BuildError(f"The CPU kernels were built but cannot be loaded: {error}.",
                          f"Remove {path} and try again.") from error
+    _opened.append(library)
     for name in _signatures:
         _declare(library, name)
     tables = (grids.iq2_xxs(), grids.iq3_xxs(), grids.signs())
@@ -58,8 +67,8 @@ def open_library(path: Path) -> ctypes.CDLL:
 def signature(name: str, *types: type) -> None:
     """Declares what a function of the library takes; it returns nothing. Called where the function is used."""
     _signatures[name] = types
-    if load.cache_info().currsize:
-        _declare(load(), name)
+    for library in _opened:
+        _declare(library, name)
 
 
 def _declare(library: ctypes.CDLL, name: str) -> None:
