@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-from dsv4_kernels import backends
 from dsv4_kernels.native import build, library
 
 ON_X86 = platform.machine() in ("x86_64", "AMD64")
@@ -23,7 +21,7 @@ def opened(folder: Path, variant: str) -> ctypes.CDLL:
 
 
 @pytest.fixture(params=VARIANTS)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, native_folder: Path) -> Iterator[str]:
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, native_folder: Path) -> str:
     """The name of the variant that every door computes with during the test."""
     try:
         found = opened(native_folder, request.param)
@@ -32,4 +30,4 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, nat
             raise
         pytest.skip(error.message)
     monkeypatch.setattr(library, "_library", found)
-    yield request.param
+    return str(request.param)

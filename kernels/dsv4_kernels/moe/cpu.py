@@ -6,8 +6,6 @@ kernel and activations that are not float32 go the way of `ref`.
 
 from __future__ import annotations
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Sequence
 

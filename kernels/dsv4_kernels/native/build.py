@@ -13,8 +13,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dsv4_quant.errors import QuantError
@@ -115,7 +115,8 @@ def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
 
 
 def _run_all(jobs: list[tuple[str, list[str]]]) -> None:
-    waiting, running = list(jobs), []
+    waiting = list(jobs)
+    running: list[tuple[str, subprocess.Popen[bytes]]] = []
     while waiting or running:
         while waiting and len(running) < (os.cpu_count() or 1):
             name, command = waiting.pop(0)
