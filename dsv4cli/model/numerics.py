@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4_kernels.rounding import hadamard, round_fp4, round_fp8
+from dsv4_kernels.rounding import round_index, round_kv
 from dsv4cli.errors import UsageError
 
 
@@ -40,11 +40,10 @@ class Official(Numerics):
     cache: torch.dtype = torch.bfloat16
 
     def kv(self, x: Tensor, rotated: int) -> Tensor:
-        still, turned = x.split([x.shape[-1] - rotated, rotated], -1)
-        return torch.cat([round_fp8(still), turned.to(torch.bfloat16).to(x.dtype)], -1)
+        return round_kv(x, rotated)
 
     def index(self, x: Tensor) -> Tensor:
-        return round_fp4(hadamard(x))
+        return round_index(x)
 
 
 NUMERICS = {each.name: each for each in (Numerics(), Official())}

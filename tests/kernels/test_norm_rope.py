@@ -42,7 +42,7 @@ def test_rotation_turns_adjacent_pairs_at_the_end_of_the_row() -> None:
     assert out == pytest.approx(expected, rel=1e-14)
 
 
-@pytest.mark.parametrize("shape", [(5, 96), (5, 3, 96), (1, 1, 64)])
+@pytest.mark.parametrize("shape", [(5, 96), (5, 3, 96), (1, 1, 64), (1, 65)])
 def test_turning_back_undoes_the_turn(shape: tuple[int, ...], random: torch.Generator) -> None:
     x = torch.randn(shape, generator=random)
     table = turns(torch.arange(700, 700 + shape[0]), frequencies(64, 160000, YARN))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dsv4_kernels.rounding import FP4, FP8, hadamard, round_fp4, round_fp8, scale_exponents
+from dsv4_kernels.rounding import FP4, FP8, hadamard, round_fp4, round_fp8, round_index, round_kv, scale_exponents
 from tests.support.tolerance import assert_close
 
 # spec/checkpoint.md section 3.1: greatest magnitude of a block -> exponent of its scale
@@ -71,8 +71,26 @@ def test_hadamard_is_sylvesters_and_its_own_inverse(random: torch.Generator) -> 
     assert_close(hadamard(hadamard(x)), x)
 
 
+def test_kept_vectors_are_fp8_but_for_the_rotated_values(random: torch.Generator) -> None:
+    x = torch.randn(5, 3, 192, generator=random)
+    kept = round_kv(x, 64)
+    assert torch.equal(kept[..., :128], round_fp8(x[..., :128]))
+    assert torch.equal(kept[..., 128:], x[..., 128:].to(torch.bfloat16).float())
+
+
+def test_index_values_are_turned_then_rounded(random: torch.Generator) -> None:
+    x = torch.randn(5, 128, generator=random)
+    assert torch.equal(round_index(x), round_fp4(hadamard(x)))
+
+
 def test_doors_name_the_numbers() -> None:
     with pytest.raises(ValueError, match="last axis is 100, but must be a positive multiple of 64"):
         round_fp8(torch.zeros(100))
     with pytest.raises(ValueError, match="last axis is 96, but must be a power of two"):
         hadamard(torch.zeros(96))
+    with pytest.raises(ValueError, match="part before the rotated values is 120, but must be a positive multiple of 64"):
+        round_kv(torch.zeros(1, 184), 64)
+    with pytest.raises(ValueError, match="last axis is 96, but must be a power of two"):
+        round_index(torch.zeros(1, 96))
+    with pytest.raises(ValueError, match="last axis is 16, but must be a positive multiple of 32"):
+        round_index(torch.zeros(1, 16))

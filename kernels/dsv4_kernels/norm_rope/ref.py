@@ -40,8 +40,8 @@ def rotate(x: Tensor, turns: Tensor, inverse: bool) -> Tensor:
     pairs = turns.shape[-1]
     out = alloc.empty_like(x)
     out[..., :-2 * pairs] = x[..., :-2 * pairs]
-    tail = torch.view_as_complex(x[..., -2 * pairs:].unflatten(-1, (pairs, 2)).contiguous())
+    tail = x[..., -2 * pairs:].unflatten(-1, (pairs, 2)).clone(memory_format=torch.contiguous_format)
     turns = turns.reshape(len(turns), *[1] * (x.dim() - 2), pairs)
-    turned = torch.view_as_real(tail * (turns.conj() if inverse else turns))
+    turned = torch.view_as_real(torch.view_as_complex(tail) * (turns.conj() if inverse else turns))
     out[..., -2 * pairs:] = turned.flatten(-2)
     return out

@@ -23,9 +23,10 @@ class Code(NamedTuple):
 
 FP8 = Code(448.0, 1e-4)  # E4M3
 FP4 = Code(6.0, 6.0 * 2.0 ** -126)  # E2M1
+KV_BLOCK, INDEX_BLOCK = 64, 32  # values under one scale
 
 
-def round_fp8(x: Tensor, block: int = 64, *, backend: str | None = None) -> Tensor:
+def round_fp8(x: Tensor, block: int = KV_BLOCK, *, backend: str | None = None) -> Tensor:
     """Each block of the last axis rounded to E4M3 with one power-of-two scale. x [..., n * block] -> like x.
 
     Ties go to the even code. Raises ValueError when the last axis is not a multiple of the block.
@@ -34,7 +35,7 @@ def round_fp8(x: Tensor, block: int = 64, *, backend: str | None = None) -> Tens
     return pick("rounding", x.device.type, backend).module.round_fp8(x, block)
 
 
-def round_fp4(x: Tensor, block: int = 32, *, backend: str | None = None) -> Tensor:
+def round_fp4(x: Tensor, block: int = INDEX_BLOCK, *, backend: str | None = None) -> Tensor:
     """Each block of the last axis rounded to E2M1 (0 .5 1 1.5 2 3 4 6), one power-of-two scale; ties to even codes."""
     demand_multiple("last axis", x.shape[-1], block)
     return pick("rounding", x.device.type, backend).module.round_fp4(x, block)
@@ -47,7 +48,26 @@ def scale_exponents(amax: Tensor, code: Code) -> Tensor:
 
 def hadamard(x: Tensor, *, backend: str | None = None) -> Tensor:
     """x times the orthonormal Sylvester-Hadamard matrix of its last axis, whose size must be a power of two."""
-    size = x.shape[-1]
+    _demand_power_of_two(x.shape[-1])
+    return pick("rounding", x.device.type, backend).module.hadamard(x)
+
+
+def round_kv(x: Tensor, rotated: int, *, backend: str | None = None) -> Tensor:
+    """What an official cache keeps of K=V vectors: round_fp8 of all but the last `rotated` values, and those in bf16.
+
+    x [..., n * 64 + rotated] -> like x. Raises ValueError when the part before is not a multiple of 64.
+    """
+    demand_multiple("part before the rotated values", x.shape[-1] - rotated, KV_BLOCK)
+    return pick("rounding", x.device.type, backend).module.round_kv(x, rotated)
+
+
+def round_index(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """What official numerics keep of index keys and queries: the Hadamard turn, then round_fp4."""
+    demand_multiple("last axis", x.shape[-1], INDEX_BLOCK)
+    _demand_power_of_two(x.shape[-1])
+    return pick("rounding", x.device.type, backend).module.round_index(x)
+
+
+def _demand_power_of_two(size: int) -> None:
     if size < 1 or size & (size - 1):
         raise ValueError(f"last axis is {size}, but must be a power of two")
-    return pick("rounding", x.device.type, backend).module.hadamard(x)

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dsv4_kernels.rounding import FP4, FP8, Code
+from dsv4_kernels.rounding import FP4, FP8, INDEX_BLOCK, KV_BLOCK, Code
 
 EXPONENT = 0x7F800000  # the exponent field of a float32
 MANTISSA = 0x007FFFFF
@@ -38,6 +38,15 @@ def round_fp4(x: Tensor, block: int) -> Tensor:
 
 def hadamard(x: Tensor) -> Tensor:
     return x @ _sylvester(x.shape[-1], x.dtype, x.device)
+
+
+def round_kv(x: Tensor, rotated: int) -> Tensor:
+    still, turned = x.split([x.shape[-1] - rotated, rotated], -1)
+    return torch.cat([round_fp8(still, KV_BLOCK), turned.to(torch.bfloat16).to(x.dtype)], -1)
+
+
+def round_index(x: Tensor) -> Tensor:
+    return round_fp4(hadamard(x), INDEX_BLOCK)
 
 
 @lru_cache(maxsize=8)
