@@ -161,4 +161,5 @@ def test_look_up_tables_are_gguf_s() -> None:
 
     gguf.quants.IQ2_XXS.init_grid()
     assert np.array_equal(grids.iq2_xxs().numpy(), gguf.quants.IQ2_XXS.grid.reshape(256, 8))
-    assert bytes(grids.signs().tolist()) == gguf.quants.IQ2_XXS.ksigns
+    gguf.quants.IQ3_XXS.init_grid()
+    assert np.array_equal(grids.iq3_xxs().numpy(), gguf.quants.IQ3_XXS.grid.reshape(256, 4))

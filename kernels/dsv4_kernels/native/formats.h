@@ -1,7 +1,7 @@
 // How each block format unpacks: `visit` walks a row and tells a sink, 32 weights at a time, their bytes and their scale.
 //
-// A sink has four verbs. put(k, w, scale): block k is scale * w with signed bytes w. put_unsigned: the same with bytes 0..63.
-// put_signed: magnitudes and a mask of -1 where the sign is minus. low(i, m): weights of group i of eight sub-blocks lie m
+// A sink has four verbs, and wants even and odd k in turn, so that the compiler can tell them apart. put(k, w, scale): block k is scale * w with signed bytes w. put_unsigned: the same with bytes 0..63.
+// put_signed: magnitudes and a bit where the sign is minus. low(i, m): weights of group i of eight sub-blocks lie m
 // below that. A scale is one float, or (HALVES) a vector whose low lanes hold for the first 16 weights.
 //
 // Layouts are those of GGUF and of the official checkpoints; see the decoders in dsv4_quant.formats.
@@ -14,7 +14,6 @@ namespace dsv4 {
 
 extern uint64_t grid_iq2_xxs[256];  // eight magnitudes each
 extern uint32_t grid_iq3_xxs[256];  // four magnitudes each
-extern uint64_t sign_masks[128];    // seven signs and their parity, a byte of 0 or -1 each
 
 struct Row {
     const uint8_t* data;
@@ -22,14 +21,27 @@ struct Row {
     bool float_scales;
 };
 
+// body(k) for each block of a row; even and odd ones stand apart in the code.
+template <class Body>
+DSV4_INLINE void in_pairs(int64_t blocks, Body&& body) {
+    int64_t k = 0;
+    for (; k + 1 < blocks; k += 2) {
+        body(k);
+        body(k + 1);
+    }
+    if (k < blocks) body(k);
+}
+
 struct Q8_0Format {
     static constexpr bool HALVES = false, SPLIT = false;
     static constexpr int LOW = 0;
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
-        const uint8_t* b = row.data;
-        for (int64_t k = 0; k < cols / 32; ++k, b += 34) sink.put(k, load<i8x32>(b + 2), half_at(b));
+        in_pairs(cols / 32, [&](int64_t k) {
+            const uint8_t* b = row.data + 34 * k;
+            sink.put(k, load<i8x32>(b + 2), half_at(b));
+        });
     }
 };
 
@@ -42,8 +54,10 @@ struct MXFP4Format {
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
-        const uint8_t* b = row.data;
-        for (int64_t k = 0; k < cols / 32; ++k, b += 17) sink.put(k, look_up(E2M1, nibbles(b + 1)), 0.5f * e8m0(*b));
+        in_pairs(cols / 32, [&](int64_t k) {
+            const uint8_t* b = row.data + 17 * k;
+            sink.put(k, look_up(E2M1, nibbles(b + 1)), 0.5f * e8m0(*b));
+        });
     }
 };
 
@@ -53,29 +67,27 @@ struct FP4Format {
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
-        for (int64_t k = 0; k < cols / 32; ++k) {
+        in_pairs(cols / 32, [&](int64_t k) {
             float scale = row.float_scales ? load<float>(row.scales + 4 * k) : e8m0(row.scales[k]);
             sink.put(k, look_up(E2M1, nibbles(row.data + 16 * k)), 0.5f * scale);
-        }
+        });
     }
 };
 
-// Twelve bytes that hold eight scales and eight minima of six bits, as Q4_K and Q5_K pack them.
-struct SixBits {
-    uint8_t scales[8], lows[8];
-
-    explicit SixBits(const uint8_t* from) {
-        uint32_t a = load<uint32_t>(from), b = load<uint32_t>(from + 4), c = load<uint32_t>(from + 8);
-        store(scales, a & 0x3f3f3f3fu);
-        store(scales + 4, (c & 0x0f0f0f0fu) | (a >> 2 & 0x30303030u));
-        store(lows, b & 0x3f3f3f3fu);
-        store(lows + 4, (c >> 4 & 0x0f0f0f0fu) | (b >> 2 & 0x30303030u));
-    }
-};
-
-DSV4_INLINE f32x8 bytes_to_floats(const uint8_t* from) {
-    return __builtin_convertvector(__builtin_convertvector(load<u8x8>(from), i32x8), f32x8);
+DSV4_INLINE f32x8 bytes_to_floats(uint64_t bytes) {
+    return to_float(__builtin_convertvector(load<u8x8>(&bytes), i32x8));
 }
+
+// Twelve bytes that hold eight scales and eight minima of six bits, as Q4_K and Q5_K pack them; a byte each.
+struct SixBits {
+    uint64_t scales, lows;
+
+    explicit DSV4_INLINE SixBits(const uint8_t* from) {
+        uint32_t a = load<uint32_t>(from), b = load<uint32_t>(from + 4), c = load<uint32_t>(from + 8);
+        scales = (a & 0x3f3f3f3fu) | uint64_t((c & 0x0f0f0f0fu) | (a >> 2 & 0x30303030u)) << 32;
+        lows = (b & 0x3f3f3f3fu) | uint64_t((c >> 4 & 0x0f0f0f0fu) | (b >> 2 & 0x30303030u)) << 32;
+    }
+};
 
 struct Q4_KFormat {
     static constexpr bool HALVES = false, SPLIT = false;
@@ -159,6 +171,7 @@ struct Q3_KFormat {
             uint8_t scales[16];
             unpack_scales(b + 96, scales);
             u8x32 third = ~load<u8x32>(b);  // a bit that is clear takes 4 away
+#pragma GCC unroll 8
             for (int j = 0; j < 8; ++j) {
                 u8x32 pairs = load<u8x32>(b + 32 + 32 * (j / 4));
                 u8x32 code = bits<u8x32>(bits<u32x8>(pairs) >> (2 * (j % 4))) & 3;
@@ -187,16 +200,14 @@ struct Q2_KFormat {
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         const uint8_t* b = row.data;
         for (int64_t s = 0; s < cols / 256; ++s, b += 84) {
-            u8x16 packed = load<u8x16>(b);
-            uint8_t scales[16], lows[16];
-            store(scales, packed & 15);
-            store(lows, packed >> 4);
+            uint64_t first = load<uint64_t>(b), second = load<uint64_t>(b + 8);
+            constexpr uint64_t LOW_NIBBLES = 0x0f0f0f0f0f0f0f0fu;
             f32x8 d = splat(half_at(b + 80)), d_low = splat(half_at(b + 82));
             float steps[16];
-            store(steps, bytes_to_floats(scales) * d);
-            store(steps + 8, bytes_to_floats(scales + 8) * d);
-            sink.low(2 * s, bytes_to_floats(lows) * d_low);
-            sink.low(2 * s + 1, bytes_to_floats(lows + 8) * d_low);
+            store(steps, bytes_to_floats(first & LOW_NIBBLES) * d);
+            store(steps + 8, bytes_to_floats(second & LOW_NIBBLES) * d);
+            sink.low(2 * s, bytes_to_floats(first >> 4 & LOW_NIBBLES) * d_low);
+            sink.low(2 * s + 1, bytes_to_floats(second >> 4 & LOW_NIBBLES) * d_low);
             for (int half = 0; half < 2; ++half) {
                 u8x32 quads = load<u8x32>(b + 16 + 32 * half);
                 u8x32 codes[4] = {field<0>(quads, 3), field<2>(quads, 3), field<4>(quads, 3), field<6>(quads, 3)};
@@ -209,10 +220,12 @@ struct Q2_KFormat {
     }
 };
 
-DSV4_INLINE i8x32 four_masks(uint32_t signs) {
-    uint64_t masks[4] = {sign_masks[signs & 127], sign_masks[signs >> 7 & 127], sign_masks[signs >> 14 & 127],
-                         sign_masks[signs >> 21 & 127]};
-    return load<i8x32>(masks);
+// Signs of 32 weights: of each eight, seven bits, and an eighth that makes their number even.
+DSV4_INLINE uint32_t with_parity(uint32_t signs) {
+    uint32_t sevens = spread_sevens(signs), odd = sevens ^ sevens >> 4;
+    odd ^= odd >> 2;
+    odd ^= odd >> 1;
+    return sevens | (odd & 0x01010101u) << 7;
 }
 
 struct IQ2_XXSFormat {
@@ -224,11 +237,12 @@ struct IQ2_XXSFormat {
         const uint8_t* b = row.data;
         for (int64_t s = 0; s < cols / 256; ++s, b += 66) {
             float d = 0.125f * half_at(b);
+#pragma GCC unroll 8
             for (int j = 0; j < 8; ++j) {
                 const uint8_t* p = b + 2 + 8 * j;
                 uint32_t signs = load<uint32_t>(p + 4);
-                uint64_t sizes[4] = {grid_iq2_xxs[p[0]], grid_iq2_xxs[p[1]], grid_iq2_xxs[p[2]], grid_iq2_xxs[p[3]]};
-                sink.put_signed(8 * s + j, load<u8x32>(sizes), four_masks(signs), d * float(1 + 2 * (signs >> 28)));
+                u64x4 sizes = {grid_iq2_xxs[p[0]], grid_iq2_xxs[p[1]], grid_iq2_xxs[p[2]], grid_iq2_xxs[p[3]]};
+                sink.put_signed(8 * s + j, bits<u8x32>(sizes), with_parity(signs), d * ODD[signs >> 28]);
             }
         }
     }
@@ -243,11 +257,13 @@ struct IQ3_XXSFormat {
         const uint8_t* b = row.data;
         for (int64_t s = 0; s < cols / 256; ++s, b += 98) {
             float d = 0.25f * half_at(b);
+#pragma GCC unroll 8
             for (int j = 0; j < 8; ++j) {
                 const uint8_t* p = b + 2 + 8 * j;
-                uint32_t signs = load<uint32_t>(b + 66 + 4 * j), sizes[8];
-                for (int i = 0; i < 8; ++i) sizes[i] = grid_iq3_xxs[p[i]];
-                sink.put_signed(8 * s + j, load<u8x32>(sizes), four_masks(signs), d * float(1 + 2 * (signs >> 28)));
+                uint32_t signs = load<uint32_t>(b + 66 + 4 * j);
+                u32x8 sizes = {grid_iq3_xxs[p[0]], grid_iq3_xxs[p[1]], grid_iq3_xxs[p[2]], grid_iq3_xxs[p[3]],
+                               grid_iq3_xxs[p[4]], grid_iq3_xxs[p[5]], grid_iq3_xxs[p[6]], grid_iq3_xxs[p[7]]};
+                sink.put_signed(8 * s + j, bits<u8x32>(sizes), with_parity(signs), d * ODD[signs >> 28]);
             }
         }
     }

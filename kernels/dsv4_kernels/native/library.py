@@ -18,7 +18,7 @@ P, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # of the signatures: 
 _library: ctypes.CDLL | None = None  # what the doors compute with
 _opened: list[ctypes.CDLL] = []
 _threads: int | None = None
-_signatures: dict[str, tuple[type, ...]] = {"dsv4_set_grids": (P, P, P)}
+_signatures: dict[str, tuple[type, ...]] = {"dsv4_set_grids": (P, P)}
 
 
 def folder() -> Path:
@@ -58,7 +58,7 @@ def open_library(path: Path) -> ctypes.CDLL:
     _opened.append(library)
     for name in _signatures:
         _declare(library, name)
-    tables = (grids.iq2_xxs(), grids.iq3_xxs(), grids.signs())
+    tables = (grids.iq2_xxs(), grids.iq3_xxs())
     library.dsv4_set_grids(*(table.data_ptr() for table in tables))
     _set_threads(library, _threads or processors.physical_cores())
     return library

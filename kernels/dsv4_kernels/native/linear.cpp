@@ -7,15 +7,10 @@
 
 using namespace dsv4;
 
-// The look-up tables of the IQ formats; `signs` are the 128 patterns of eight bits.
-DSV4_API void dsv4_set_grids(const uint64_t* iq2_xxs, const uint32_t* iq3_xxs, const uint8_t* signs) {
+// The look-up tables of the IQ formats.
+DSV4_API void dsv4_set_grids(const uint64_t* iq2_xxs, const uint32_t* iq3_xxs) {
     std::memcpy(grid_iq2_xxs, iq2_xxs, sizeof grid_iq2_xxs);
     std::memcpy(grid_iq3_xxs, iq3_xxs, sizeof grid_iq3_xxs);
-    for (int pattern = 0; pattern < 128; ++pattern) {
-        sign_masks[pattern] = 0;
-        for (int i = 0; i < 8; ++i)
-            if (signs[pattern] >> i & 1) sign_masks[pattern] |= uint64_t(0xff) << (8 * i);
-    }
 }
 
 // x [tokens, groups, cols], weight [groups * out, cols] -> y [tokens, groups * out].

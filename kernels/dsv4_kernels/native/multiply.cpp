@@ -10,7 +10,7 @@
 
 namespace dsv4 {
 
-uint64_t grid_iq2_xxs[256], sign_masks[128];
+uint64_t grid_iq2_xxs[256];
 uint32_t grid_iq3_xxs[256];
 
 namespace {
@@ -56,8 +56,8 @@ struct Dot {
     template <class S>
     DSV4_INLINE void put_unsigned(int64_t k, u8x32 w, S scale) { add(k, dot_unsigned(w, block(k)), times(scale, a.d[k])); }
     template <class S>
-    DSV4_INLINE void put_signed(int64_t k, u8x32 size, i8x32 mask, S scale) {
-        add(k, dot_unsigned(size, (block(k) ^ mask) - mask), times(scale, a.d[k]));
+    DSV4_INLINE void put_signed(int64_t k, u8x32 size, uint32_t minus, S scale) {
+        add(k, dot_unsigned(size, negate(block(k), minus)), times(scale, a.d[k]));
     }
     DSV4_INLINE void low(int64_t i, f32x8 m) { below = fma(m, load<f32x8>(a.sums + 8 * i), below); }
     float total() const { return sum(even + odd) - sum(below); }
@@ -78,8 +78,8 @@ struct Tile {
             store(scales + k, scale);
         }
         DSV4_INLINE void put_unsigned(int64_t k, u8x32 v, Scale scale) { put(k, i8x32(v), scale); }
-        DSV4_INLINE void put_signed(int64_t k, u8x32 size, i8x32 mask, Scale scale) {
-            put(k, (i8x32(size) ^ mask) - mask, scale);
+        DSV4_INLINE void put_signed(int64_t k, u8x32 size, uint32_t minus, Scale scale) {
+            put(k, negate(i8x32(size), minus), scale);
         }
         DSV4_INLINE void low(int64_t i, f32x8 m) { store(lows + i, m); }
     };

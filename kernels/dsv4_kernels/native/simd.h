@@ -29,6 +29,7 @@ typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef int16_t i16x32 __attribute__((vector_size(64)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
 typedef uint8_t u8x8 __attribute__((vector_size(8)));
+typedef uint64_t u64x4 __attribute__((vector_size(32)));
 typedef int32_t i32x8 __attribute__((vector_size(32)));
 typedef uint32_t u32x8 __attribute__((vector_size(32)));
 typedef float f32x8 __attribute__((vector_size(32)));
@@ -113,10 +114,24 @@ DSV4_INLINE f32x8 e4m3_at(const void* from) {
     return bits<f32x8>(moved) * splat(0x1p120f);
 }
 
-DSV4_INLINE float e8m0(uint8_t exponent) {
-    // 2^-127 is the one power that is no normal float; 255 means NaN.
-    return bits<float>(exponent == 0 ? 0x00400000u : exponent == 255 ? 0x7fc00000u : uint32_t(exponent) << 23);
-}
+// Small numbers as floats without a conversion: 2^(e - 127) of E8M0 (255 means NaN), and 1 + 2n.
+struct Powers {
+    float of[256];
+
+    constexpr Powers() : of() {
+        float power = 0x1p-127f;  // the one that is no normal float
+        for (int e = 0; e < 255; ++e) {
+            of[e] = power;
+            if (e < 254) power *= 2;
+        }
+        of[255] = __builtin_nanf("");
+    }
+};
+
+inline constexpr Powers E8M0;
+inline constexpr float ODD[16] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+
+DSV4_INLINE float e8m0(uint8_t exponent) { return E8M0.of[exponent]; }
 
 // e^x to about one unit in the last place, 0 below -87; the usual 2^n times a polynomial of the remainder.
 DSV4_INLINE f32x8 exp(f32x8 x) {
@@ -141,6 +156,8 @@ DSV4_INLINE f32x8 exp(f32x8 x) {
 }
 
 // ---- Bytes ----
+
+constexpr uint64_t SPREAD = 0x0101010101010101u;  // times a byte: eight of it
 
 // Products summed in fours: lane i gains w[4i..4i+3] . a[4i..4i+3]. No w is above 127, no a is -128.
 DSV4_INLINE i32x8 dot_unsigned(u8x32 w, i8x32 a) {
@@ -181,6 +198,34 @@ DSV4_INLINE i32x8 dot(i8x32 w, i8x32 a) {
 #endif
 }
 
+// a with the signs of those bytes turned whose bit is set.
+DSV4_INLINE i8x32 negate(i8x32 a, uint32_t which) {
+#if DSV4_AVX2 && defined(__AVX512BW__) && defined(__AVX512VL__)
+    return i8x32(_mm256_mask_sub_epi8(__m256i(a), which, _mm256_setzero_si256(), __m256i(a)));
+#else
+    constexpr u8x32 BIT = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128,
+                           1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+#if DSV4_AVX2
+    const __m256i BYTE = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
+    u8x32 bytes = u8x32(_mm256_shuffle_epi8(_mm256_set1_epi32(int(which)), BYTE));
+#else
+    u8x32 bytes = bits<u8x32>(u64x4{(which & 255) * SPREAD, (which >> 8 & 255) * SPREAD, (which >> 16 & 255) * SPREAD,
+                                    (which >> 24) * SPREAD});
+#endif
+    i8x32 mask = i8x32((bytes & BIT) == BIT);
+    return (a ^ mask) - mask;
+#endif
+}
+
+// Seven bits in each byte of four, from 28 bits in a row.
+DSV4_INLINE uint32_t spread_sevens(uint32_t v) {
+#if DSV4_AVX2 && defined(__BMI2__)
+    return _pdep_u32(v, 0x7f7f7f7fu);
+#else
+    return (v & 0x7fu) | (v << 1 & 0x7f00u) | (v << 2 & 0x7f0000u) | (v << 3 & 0x7f000000u);
+#endif
+}
+
 // table[index] for 32 indices below 16.
 DSV4_INLINE i8x32 look_up(i8x16 table, u8x32 index) {
 #if DSV4_AVX2
@@ -197,11 +242,20 @@ DSV4_INLINE i8x32 look_up(i8x16 table, u8x32 index) {
 #endif
 }
 
+// Joined in registers: a wide load after narrow stores would wait for them to reach the cache.
+DSV4_INLINE u8x32 join(u8x16 low, u8x16 high) {
+#if DSV4_AVX2
+    return u8x32(_mm256_set_m128i(__m128i(high), __m128i(low)));
+#else
+    u8x16 parts[2] = {low, high};
+    return load<u8x32>(parts);
+#endif
+}
+
 // The low nibbles of 16 bytes, then their high ones.
 DSV4_INLINE u8x32 nibbles(const uint8_t* from) {
     u8x16 pairs = load<u8x16>(from);
-    u8x16 halves[2] = {pairs & 15, pairs >> 4};
-    return load<u8x32>(halves);
+    return join(pairs & 15, pairs >> 4);
 }
 
 // Two bits of every byte: (v >> shift) & 3, and the like. Bytes cannot be shifted as such everywhere, wider lanes can.

@@ -1,4 +1,4 @@
-"""The look-up tables of GGUF's IQ formats, as bytes: which magnitudes a code stands for, and which signs."""
+"""The look-up tables of GGUF's IQ formats, as bytes: which magnitudes a code stands for."""
 
 from __future__ import annotations
 
@@ -15,13 +15,6 @@ def iq2_xxs() -> Tensor:
 def iq3_xxs() -> Tensor:
     """uint8 [256, 4]: magnitudes 4, 12, 20 ... 62."""
     return _grid(gguf.quants.IQ3_XXS)
-
-
-def signs() -> Tensor:
-    """uint8 [128]: seven sign bits, and an eighth that makes their number even."""
-    patterns = torch.arange(128)
-    parity = sum((patterns >> bit) & 1 for bit in range(7)) % 2
-    return (patterns | (parity << 7)).to(torch.uint8)
 
 
 def _grid(kind: type) -> Tensor:
