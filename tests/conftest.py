@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,17 @@ import pytest
 def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where this run's CPU kernels are compiled, once for all tests and for the programs that they start."""
     return tmp_path_factory.mktemp("native")
+
+
+@pytest.fixture
+def on_reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every operation is computed by its `ref`: for tests of the maths, and of what only exact products can promise."""
+    from dsv4_kernels import backends
+
+    monkeypatch.setattr(backends, "NATIVE", {})
+    backends.pick.cache_clear()
+    yield
+    backends.pick.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dsv4_kernels import alloc, backends
+from dsv4_kernels import alloc
 
 
 @pytest.fixture(autouse=True)
@@ -18,13 +18,10 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def reference_only(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def reference_only(request: pytest.FixtureRequest) -> None:
     """Tests of the maths run on `ref`; those of the CPU's own kernels are in files called test_*_native.py."""
     if not request.path.stem.endswith(("_native", "_backends")):
-        monkeypatch.setattr(backends, "NATIVE", {})
-    backends.pick.cache_clear()
-    yield
-    backends.pick.cache_clear()
+        request.getfixturevalue("on_reference")
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from tests.support.gguf_writer import Kind, write
 from tests.support.tolerance import RELATIVE, assert_close
 
 
+@pytest.mark.usefixtures("on_reference")
 @pytest.mark.parametrize("expand_limit", [0, 1 << 40])
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.BF16])
 def test_lossless_types_give_the_same_logits(kind: Kind, expand_limit: int, checkpoint: Path, ids: Tensor,

@@ -63,6 +63,7 @@ def test_a_table_with_a_stranger_stops_with_its_name(checkpoint: Path, number: i
         bind(Listening(open_source(checkpoint), spoil), 0)
 
 
+@pytest.mark.usefixtures("on_reference")
 def test_packed_and_expanded_weights_say_the_same(bound: Bound, ids: Tensor) -> None:
     packed, expanded = bound(expand_limit=0), bound()
     assert isinstance(packed.weights.layers[0].moe.experts[0].w1, Packed)
