@@ -9,35 +9,34 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
 from dsv4_quant.errors import QuantError
 from dsv4cli import __version__, console
-from dsv4cli.commands import chat, doctor, evaluate, run, show
-from dsv4cli.commands.list import list_models
+from dsv4cli.commands import light
 from dsv4cli.errors import Dsv4Error, Interrupted
 
 HELP = """Run DeepSeek-V4 on your own machine.
 
 MODEL is a name (dsv4 list shows them), a checkpoint folder, a .gguf file, or owner/repo."""
 
-app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False,
-                  context_settings={"help_option_names": ["-h", "--help"]})
-
-COMMANDS: dict[str, Callable[..., None]] = {
-    "chat": chat.chat,
-    "run": run.run,
-    "list": list_models,
-    "show": show.show,
-    "doctor": doctor.doctor,
+COMMANDS = {  # where it is, and the first paragraph of its help: neither is imported to print the program's own help
+    "chat": ("dsv4cli.commands.chat:chat", "Talk with a model. /help in the chat lists its commands."),
+    "run": ("dsv4cli.commands.run:run", "Answer one question and leave."),
+    "list": ("dsv4cli.commands.list:list_models", "List the models on this machine (short: ls)."),
+    "show": ("dsv4cli.commands.show:show", "Show a model: architecture, tensors by role, context, license."),
+    "doctor": ("dsv4cli.commands.doctor:doctor", "Describe this machine and this installation, for yourself or for a report."),
+    "eval": ("dsv4cli.commands.evaluate:app", "Compute logits and perplexity, to compare models and runners."),
 }
-for name, command in COMMANDS.items():
-    app.command(name)(command)
-app.command("ls", hidden=True)(list_models)
-app.add_typer(evaluate.app, name="eval")
+
+app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, cls=light.Group,
+                  context_settings={"help_option_names": ["-h", "--help"]})
+for name, (where, summary) in COMMANDS.items():
+    light.add(app, name, where, summary)
+light.add(app, "ls", *COMMANDS["list"], hidden=True)
 
 
 def _print_version(wanted: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dsv4cli import console, settings
-from dsv4cli.commands.options import Json
+from dsv4cli.commands.arguments import Json
 
 Section = dict[str, Any]
 

@@ -8,15 +8,18 @@ from typing import Annotated
 import typer
 
 from dsv4cli import console
-from dsv4cli.commands.options import OPENING, Json, Model, with_settings
+from dsv4cli.commands import light
+from dsv4cli.commands.arguments import Json, Model
+from dsv4cli.commands.options import OPENING, with_settings
 from dsv4cli.errors import UsageError
 from dsv4cli.settings import Settings
 
-app = typer.Typer(help="Compute logits and perplexity, to compare models and runners.", no_args_is_help=True)
+app = typer.Typer(help="Compute logits and perplexity, to compare models and runners.", no_args_is_help=True,
+                  add_completion=False, cls=light.Group)
 STDIN = "-"
 
 
-@app.command("logits")
+@app.command("logits", cls=light.Command)
 @with_settings(*OPENING, "quiet")
 def logits(
     model: Model,
@@ -40,7 +43,7 @@ def logits(
         console.note(f"{out}: float32 [{len(tokens)}, {engine.config.vocab_size}]")
 
 
-@app.command("ppl")
+@app.command("ppl", cls=light.Command)
 @with_settings(*OPENING, "quiet")
 def ppl(
     model: Model,

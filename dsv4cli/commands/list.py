@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from dsv4cli import console
-from dsv4cli.commands.options import Json
+from dsv4cli.commands.arguments import Json
 from dsv4cli.registry import catalog, store
 
 

@@ -20,10 +20,6 @@ SHORT = {"system": "-s", "quiet": "-q"}
 PANELS = {**dict.fromkeys(SAMPLING, "Sampling"), **dict.fromkeys(LENGTH, "Length"), **dict.fromkeys(OPENING, "Engine")}
 METAVARS = {str: "TEXT", int: "N", float: "X", list: "TEXT", bool: ""}
 
-Model = Annotated[str, typer.Argument(
-    metavar="MODEL", help="A name (see dsv4 list), a checkpoint folder, a .gguf file, or owner/repo.")]
-Json = Annotated[bool, typer.Option("--json", metavar="", help="Print JSON.")]
-
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command an option for each named setting; they reach it together as `chosen`, a Settings.

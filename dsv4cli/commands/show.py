@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dsv4cli import console
-from dsv4cli.commands.options import Json, Model
+from dsv4cli.commands.arguments import Json, Model
 from dsv4cli.registry import catalog
 
 if TYPE_CHECKING:

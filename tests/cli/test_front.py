@@ -6,20 +6,22 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
 
 import pytest
 import typer
 
 from dsv4_quant.errors import CorruptFile, UnsupportedModel
 from dsv4cli import __version__, cli
-from dsv4cli.commands import opening
+from dsv4cli.commands import light, opening
 from dsv4cli.errors import CapacityError, CorruptError, Dsv4Error, Interrupted, UsageError
 from tests.support.program import Outcome, environment
 
 Run = Callable[..., Outcome]
 
 HEAVY = ("torch", "numpy", "triton", "huggingface_hub", "tokenizers", "safetensors", "gguf", "prompt_toolkit", "transformers",
-         "click")
+         "click", "pydantic", "markdown_it", "pygments", "importlib.metadata")
 PROBE = """
 import sys
 from dsv4cli import cli
@@ -27,6 +29,24 @@ try:
     cli.main({arguments})
 finally:
     print([name for name in {heavy} if name in sys.modules], file=sys.stderr)
+"""
+OURS = """
+import sys
+from dsv4cli import cli
+try:
+    cli.main({arguments})
+finally:
+    print(*sorted(name for name in sys.modules if name.startswith("dsv4cli.")), file=sys.stderr)
+"""
+AFTER_HELP = """
+from dsv4cli import cli
+try:
+    cli.main(["--help"])
+finally:
+    import rich.markdown, rich.traceback, typer.rich_utils
+    assert typer.rich_utils.Markdown is not rich.markdown.Markdown
+    assert isinstance(typer.rich_utils.Markdown("*text*"), rich.markdown.Markdown)
+    assert isinstance(typer.rich_utils.Traceback.from_exception(ValueError, ValueError(), None), rich.traceback.Traceback)
 """
 EARLY = """
 import time
@@ -48,6 +68,58 @@ def python(code: str, then: str = "") -> subprocess.CompletedProcess[str]:
 def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     done = python(PROBE.format(arguments=arguments, heavy=HEAVY))
     assert done.stderr.splitlines()[-1] == "[]", done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "rooms"), [
+    (["--help"], {"commands"}),
+    (["list"], {"commands", "paths", "registry", "engine"}),  # of the engine only how sizes are written
+    (["show", "tiny"], {"commands", "paths", "registry", "engine"}),
+])
+def test_only_the_command_that_runs_is_imported(arguments: list[str], rooms: set[str]) -> None:
+    loaded = [name.split(".") for name in python(OURS.format(arguments=arguments)).stderr.splitlines()[-1].split()]
+    assert {room for _, room, *_ in loaded} - {"cli", "console", "errors"} == rooms
+    commands = {parts[2] for parts in loaded if parts[1] == "commands" and len(parts) > 2}
+    assert commands - {"light", "arguments"} == set(arguments[:1]) & set(cli.COMMANDS)
+
+
+def test_the_table_of_commands_agrees_with_the_commands() -> None:
+    for name, (where, summary) in cli.COMMANDS.items():
+        text = light.load(where, name).help.partition("\n\n")[0]
+        assert " ".join(text.split()) == summary, name
+
+
+def test_help_leaves_rich_whole() -> None:
+    """What the help does not import is there for whoever wants it."""
+    done = python(AFTER_HELP)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_options_that_are_not_text_are_still_converted() -> None:
+    """Only what stays text or a flag bypasses Typer's conversion."""
+    app = typer.Typer(add_completion=False)
+
+    @app.command(cls=light.Command)
+    def command(count: int, names: list[str], path: Annotated[Path, typer.Option()] = Path("x"), loud: bool = False,
+                also: Annotated[list[str] | None, typer.Option()] = None) -> object:
+        return count, names, path, loud, also
+
+    made = typer.main.get_command(app)
+    assert made(["3", "a", "b", "--path", "y"], standalone_mode=False) == (3, ["a", "b"], Path("y"), False, None)
+    assert made(["3", "a", "--also", "b", "--loud"], standalone_mode=False) == (3, ["a"], Path("x"), True, ["b"])
+    with pytest.raises(typer.BadParameter):
+        made(["three", "a"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(("typed", "offered"), [
+    ("dsv4 ", ["chat", "run", "list", "show", "doctor", "eval"]), ("dsv4 run --think", ["--think", "--think-budget"]),
+    ("dsv4 eval p", ["ppl"]), ("dsv4 eval ppl --j", ["--json"]), ("dsv4 ls --j", ["--json"])])
+def test_the_shell_completes_commands_and_options(run_dsv4: Run, monkeypatch: pytest.MonkeyPatch, typed: str,
+                                                  offered: list[str]) -> None:
+    monkeypatch.setenv("_DSV4_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(typed.count(" ")))
+    shown = run_dsv4()
+    assert (shown.code, shown.out.split()) == (0, offered)
 
 
 def test_python_dash_m_is_the_same_program() -> None:
