@@ -56,11 +56,7 @@ def test_as_llama_cpp_converts(official: Source, tmp_path: Path) -> None:
 
 
 def test_as_ds4_writes(official: Source, tmp_path: Path) -> None:
-    def keys(found: dict[str, Any]) -> None:
-        ds4_keys(found)
-        found["vocab_size"] = official.config.vocab_size
-
-    found = open_source(write(official, tmp_path / "m.gguf", as_ds4, change_keys=keys))
+    found = open_source(write(official, tmp_path / "m.gguf", as_ds4, change_keys=ds4_keys(official.config)))
     formats = check_all(found, official, {"q8_0": 0.6 / 127, "f16": 2.0**-11, "q4_0": 1 / 8})
     assert formats == {"f32", "f16", "q8_0", "q4_0", "i32"}
     assert found.read("layers.2.attn.compressor.ape").format == "f16"

@@ -51,10 +51,14 @@ def as_ds4(spec: schema.GgufSpec, part: Packed) -> Kind:
     return Kind.F16
 
 
-def ds4_keys(keys: dict[str, Any]) -> None:
-    """Edits the converter's keys into those of antirez/ds4, which leaves several out (and adds `vocab_size`)."""
-    for name in ("swiglu_clamp_shexp", "expert_gating_func", "embedding_length_out"):
-        keys[name] = None
+def ds4_keys(config: ModelConfig) -> Callable[[dict[str, Any]], None]:
+    """Edits the converter's keys into those of antirez/ds4, which has `vocab_size` and leaves others out."""
+
+    def edit(keys: dict[str, Any]) -> None:
+        keys["vocab_size"] = config.vocab_size
+        keys.update(dict.fromkeys(("swiglu_clamp_shexp", "expert_gating_func", "embedding_length_out")))
+
+    return edit
 
 
 def write(
