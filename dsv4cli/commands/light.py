@@ -76,7 +76,8 @@ def _not_yet() -> None:
 def _as_typed(parameters: list[Any]) -> list[Any]:
     """Spares text and flags Typer's conversion, which imports pydantic even for an option that was not given."""
     for parameter in parameters:
-        if parameter.type_descriptor.annotation in AS_THEY_ARE:
+        kind = getattr(parameter, "type_descriptor", None)  # inner names of Typer's: without them it converts as ever
+        if kind is not None and kind.annotation in AS_THEY_ARE:
             parameter.get_runtime_param = _AsTyped
     return parameters
 

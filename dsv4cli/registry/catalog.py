@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +152,7 @@ def _at(path: Path) -> Entry:
                          "Give the folder that holds config.json and the .safetensors files, or a .gguf file.")
     if path.is_file() and path.suffix != ".gguf":
         raise UsageError(f"{path} is neither a checkpoint folder nor a .gguf file.", "Give one of the two.")
-    digest = sha256(config.read_bytes()).hexdigest() if config.exists() else None
+    digest = _sha256(config) if config.exists() else None
     twin = next((entry for entry in catalog().values() if digest and entry.config_sha256 == digest), None)
     if path == paths.bundled("tiny").resolve():
         twin = catalog()["tiny"]
@@ -161,6 +160,12 @@ def _at(path: Path) -> Entry:
         return replace(twin, path=path)
     gguf = path.suffix == ".gguf"
     return Entry(path.stem if gguf else path.name, path, quant="gguf" if gguf else "official", license="")
+
+
+def _sha256(file: Path) -> str:
+    import hashlib  # it brings OpenSSL, for which `list` and `show tiny` need not wait
+
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _exists(path: Path) -> bool:
