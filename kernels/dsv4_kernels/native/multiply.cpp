@@ -63,18 +63,23 @@ struct Dot {
     float total() const { return sum(even + odd) - sum(below); }
 };
 
-// Four rows, unpacked: bytes with their signs, scales, minima.
+// Four rows, unpacked once and met with two tokens at a time: what is loaded serves twice or four times.
+//
+// A block's product is scaled by weight and activation together; these factors are made beforehand, eight in one go, where the
+// weights have one scale per block.
 template <class F>
 struct Tile {
     using Scale = std::conditional_t<F::HALVES, f32x8, float>;
 
     struct Sink {
         int8_t* w;
+        uint8_t* sizes;
         Scale* scales;
         f32x8* lows;
 
         DSV4_INLINE void put(int64_t k, i8x32 v, Scale scale) {
             store(w + 32 * k, v);
+            store(sizes + 32 * k, magnitudes(v));
             store(scales + k, scale);
         }
         DSV4_INLINE void put_unsigned(int64_t k, u8x32 v, Scale scale) { put(k, i8x32(v), scale); }
@@ -85,59 +90,99 @@ struct Tile {
     };
 
     explicit Tile(int64_t cols) : cols(cols), blocks(cols / 32), groups(F::LOW ? cols / F::LOW / 8 : 0) {
-        size_t bytes = size_t(TILE * (cols + blocks * sizeof(Scale) + groups * sizeof(f32x8))) + 64;
+        padded = (blocks + 7) / 8 * 8;
+        size_t bytes = size_t(TILE * (2 * cols + padded * sizeof(Scale) + groups * sizeof(f32x8) + PAIR * padded * 4)) + 64;
         if (memory.size() < bytes) memory.resize(bytes);
         char* start = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
         lows = reinterpret_cast<f32x8*>(start);
         scales = reinterpret_cast<Scale*>(lows + TILE * groups);
-        w = reinterpret_cast<int8_t*>(scales + TILE * blocks);
+        factors = reinterpret_cast<float*>(scales + TILE * padded);
+        w = reinterpret_cast<int8_t*>(factors + TILE * PAIR * padded);
+        sizes = reinterpret_cast<uint8_t*>(w + TILE * cols);
     }
 
     void unpack(const Weight& weight, int64_t first, int rows) {
         for (int r = 0; r < rows; ++r) {
-            Sink sink{w + r * cols, scales + r * blocks, lows + r * groups};
+            Sink sink{w + r * cols, sizes + r * cols, scales + r * padded, lows + r * groups};
             F::visit(row_of(weight, first + r), cols, sink);
         }
     }
 
-    // y[r] for the ROWS unpacked rows from `first` on.
-    template <int ROWS>
-    DSV4_INLINE void multiply(const Bytes& a, int first, float* y) const {
-        f32x8 even[ROWS] = {}, odd[ROWS] = {};
-        for (int64_t k = 0; k + 1 < blocks; k += 2) {
-            add<ROWS>(a, first, k, even);
-            add<ROWS>(a, first, k + 1, odd);
-        }
-        if (blocks & 1) add<ROWS>(a, first, blocks - 1, even);
-        for (int r = 0; r < ROWS; ++r) y[r] = sum(even[r] + odd[r]) - below(a, first + r);
+    // y[t][r] for TOKENS tokens and the ROWS unpacked rows from `first` on.
+    template <int TOKENS, int ROWS>
+    DSV4_INLINE void multiply(const Bytes (&a)[TOKENS], int first, float (&y)[TOKENS][TILE]) {
+        if constexpr (!F::HALVES) prepare<TOKENS, ROWS>(a, first);
+        f32x8 even[TOKENS][ROWS] = {}, odd[TOKENS][ROWS] = {};
+        for (int64_t k = 0; k < blocks; k += 2) add<TOKENS, ROWS>(a, first, k, even);
+        for (int64_t k = 1; k < blocks; k += 2) add<TOKENS, ROWS>(a, first, k, odd);
+        for (int t = 0; t < TOKENS; ++t)
+            for (int r = 0; r < ROWS; ++r) y[t][first + r] = sum(even[t][r] + odd[t][r]) - below(a[t], first + r);
     }
 
 private:
-    template <int ROWS>
-    DSV4_INLINE void add(const Bytes& a, int first, int64_t k, f32x8* sums) const {
-        i8x32 block = load<i8x32>(a.q + 32 * k);
-        float d = a.d[k];
+    template <int TOKENS, int ROWS>
+    DSV4_INLINE void prepare(const Bytes (&a)[TOKENS], int first) {
+        int64_t whole = blocks / 8 * 8;
+        for (int t = 0; t < TOKENS; ++t)
+            for (int r = 0; r < ROWS; ++r) {
+                const Scale* from = scales + (first + r) * padded;
+                float* to = factors + (t * TILE + first + r) * padded;
+                for (int64_t k = 0; k < whole; k += 8) store(to + k, load<f32x8>(from + k) * load<f32x8>(a[t].d + k));
+                if constexpr (!F::HALVES)
+                    for (int64_t k = whole; k < blocks; ++k) to[k] = from[k] * a[t].d[k];
+            }
+    }
+
+    template <int TOKENS, int ROWS>
+    DSV4_INLINE void add(const Bytes (&a)[TOKENS], int first, int64_t k, f32x8 (&sums)[TOKENS][ROWS]) const {
+        i8x32 block[TOKENS];
+        for (int t = 0; t < TOKENS; ++t) block[t] = load<i8x32>(a[t].q + 32 * k);
         for (int r = 0; r < ROWS; ++r) {
-            i32x8 products = dot(load<i8x32>(w + (first + r) * cols + 32 * k), block);
-            sums[r] = fma(to_float(products), times(scales[(first + r) * blocks + k], d), sums[r]);
+            int row = first + r;
+            i8x32 v = load<i8x32>(w + row * cols + 32 * k);
+            u8x32 size = load<u8x32>(sizes + row * cols + 32 * k);
+            for (int t = 0; t < TOKENS; ++t) {
+                f32x8 products = to_float(dot(size, v, block[t]));
+                if constexpr (F::HALVES)
+                    sums[t][r] = fma(products, times(scales[row * padded + k], a[t].d[k]), sums[t][r]);
+                else
+                    sums[t][r] = fma(products, splat(factors[(t * TILE + row) * padded + k]), sums[t][r]);
+            }
         }
     }
 
-    DSV4_INLINE float below(const Bytes& a, int r) const {
+    DSV4_INLINE float below(const Bytes& a, int row) const {
         f32x8 total = {};
-        for (int64_t i = 0; i < groups; ++i) total = fma(lows[r * groups + i], load<f32x8>(a.sums + 8 * i), total);
+        for (int64_t i = 0; i < groups; ++i) total = fma(lows[row * groups + i], load<f32x8>(a.sums + 8 * i), total);
         return sum(total);
     }
 
+    static constexpr int PAIR = 2;
     static thread_local std::vector<char> memory;
-    int64_t cols, blocks, groups;
+    int64_t cols, blocks, groups, padded;
     int8_t* w;
+    uint8_t* sizes;
     Scale* scales;
     f32x8* lows;
+    float* factors;
 };
 
 template <class F>
 thread_local std::vector<char> Tile<F>::memory;
+
+// All unpacked rows of a tile with TOKENS tokens, from picked[i] on.
+template <class F, int TOKENS>
+DSV4_INLINE void meet(Tile<F>& tile, int rows, const Activations& x, const Picked& picked, int64_t i, float* y,
+                      int64_t y_stride) {
+    Bytes a[TOKENS];
+    float found[TOKENS][TILE];
+    for (int t = 0; t < TOKENS; ++t) a[t] = Bytes::of<F>(x, picked[i + t]);
+    if (rows == TILE)
+        tile.template multiply<TOKENS, TILE>(a, 0, found);
+    else
+        for (int r = 0; r < rows; ++r) tile.template multiply<TOKENS, 1>(a, r, found);
+    for (int t = 0; t < TOKENS; ++t) std::copy(found[t], found[t] + rows, y + (i + t) * y_stride);
+}
 
 template <class F>
 void multiply_bytes(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
@@ -155,15 +200,9 @@ void multiply_bytes(const Weight& weight, int64_t begin, int64_t end, const Acti
     for (int64_t row = begin; row < end; row += TILE) {
         int rows = int(std::min<int64_t>(TILE, end - row));
         tile.unpack(weight, row, rows);
-        for (int64_t i = 0; i < picked.count; ++i) {
-            Bytes a = Bytes::of<F>(x, picked[i]);
-            float found[TILE] = {};
-            if (rows == TILE)
-                tile.template multiply<TILE>(a, 0, found);
-            else
-                for (int r = 0; r < rows; ++r) tile.template multiply<1>(a, r, found + r);
-            std::copy(found, found + rows, y + i * y_stride + row - begin);
-        }
+        int64_t i = 0;
+        for (; i + 1 < picked.count; i += 2) meet<F, 2>(tile, rows, x, picked, i, y + row - begin, y_stride);
+        if (i < picked.count) meet<F, 1>(tile, rows, x, picked, i, y + row - begin, y_stride);
     }
 }
 

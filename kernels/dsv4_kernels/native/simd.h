@@ -198,6 +198,24 @@ DSV4_INLINE i32x8 dot(i8x32 w, i8x32 a) {
 #endif
 }
 
+// The same where the magnitudes of w are at hand.
+DSV4_INLINE i32x8 dot(u8x32 size, i8x32 w, i8x32 a) {
+#if DSV4_AVX2
+    return dot_unsigned(size, i8x32(_mm256_sign_epi8(__m256i(a), __m256i(w))));
+#else
+    (void)size;
+    return dot(w, a);
+#endif
+}
+
+DSV4_INLINE u8x32 magnitudes(i8x32 w) {
+#if DSV4_AVX2
+    return u8x32(_mm256_abs_epi8(__m256i(w)));
+#else
+    return u8x32(w < 0 ? -w : w);
+#endif
+}
+
 // a with the signs of those bytes turned whose bit is set.
 DSV4_INLINE i8x32 negate(i8x32 a, uint32_t which) {
 #if DSV4_AVX2 && defined(__AVX512BW__) && defined(__AVX512VL__)
