@@ -37,6 +37,14 @@ def test_rounds_to_the_reference_s_bits(rounded: Rounding, reference: Rounding, 
     assert same_bits(rounded(x, block), reference(x, block))
 
 
+def test_the_scale_s_own_rounding_leaves_no_code_too_large() -> None:
+    """One bit above the largest code's multiples, 1 / 448 and 1 / 6 as float32 may hide that bit."""
+    near = torch.cat([(torch.tensor([448.0, 6.0]) * 2.0 ** power).view(torch.int32) + bit
+                      for power in range(-20, 21) for bit in range(-3, 4)]).view(torch.float32)
+    for rounded, reference in ROUNDINGS:
+        assert same_bits(rounded(near, 1), reference(near, 1))
+
+
 @pytest.mark.parametrize(("rounded", "reference"), ROUNDINGS)
 def test_every_exponent_and_its_ties(rounded: Rounding, reference: Rounding) -> None:
     """Every upper half of a float32 but NaN and infinity: each code, each tie, subnormals, both signs; alone and in company."""
@@ -95,6 +103,11 @@ def test_no_number_stays_no_number(bad: float, random: torch.Generator) -> None:
     assert kept[0].isfinite().all()
     assert kept[1, 5].isnan()
     assert torch.equal(kept[1, 127:], x[1, 127:]) or kept[1, 127].isnan()
+
+
+def test_no_payload_rounds_to_a_number() -> None:
+    payloads = torch.tensor([0x7f800001, 0x7fffffff, 0x7fc00000, -1], dtype=torch.int32).view(torch.float32)
+    assert round_kv(torch.cat([torch.ones(64), payloads]), 4)[64:].isnan().all()
 
 
 def test_views_and_nothing(random: torch.Generator) -> None:

@@ -18,25 +18,25 @@ int64_t rows_per_piece(int64_t d) { return std::max<int64_t>(1, GRAIN / std::max
 
 // E4M3: eight codes to a power of two, from 2^-6 on; below they lie as far apart as there.
 struct FP8 {
-    static constexpr float largest = 448.0f, least = 1e-4f, inverse = float(1 / 448.0);
+    static constexpr float least = 1e-4f, inverse = float(1 / 448.0);
     static constexpr uint32_t first = (127 - 6) << 23;
     static constexpr float magic = 1.5f * 0x1p20f;  // times a power of two: a number whose last bit is an eighth of it
 };
 
 // E2M1: two codes to a power of two, from 1 on.
 struct FP4 {
-    static constexpr float largest = 6.0f, least = 6.0f * 0x1p-126f, inverse = float(1 / 6.0);
+    static constexpr float least = 6.0f * 0x1p-126f, inverse = float(1 / 6.0);
     static constexpr uint32_t first = 127 << 23;
     static constexpr float magic = 1.5f * 0x1p22f;
 };
 
 DSV4_INLINE f32x8 size_of(f32x8 v) { return bits<f32x8>(bits<u32x8>(v) & ~SIGN); }
 
-// The nearest code's value. Adding a number whose last bit is the codes' step, and taking it away again, rounds as wanted.
+// The nearest code's value. Adding a number whose last bit is the codes' step, and taking it away again, rounds as wanted. Above
+// the largest code lies no v, but by a last bit that the scale's own rounding left, and that is rounded away.
 template <class Code>
 DSV4_INLINE f32x8 nearest(f32x8 v) {
-    f32x8 size = size_of(v), largest = splat(Code::largest);
-    size = size > largest ? largest : size;
+    f32x8 size = size_of(v);
     u32x8 power = bits<u32x8>(size) & EXPONENT;
     f32x8 magic = bits<f32x8>(power < Code::first ? power * 0 + Code::first : power) * splat(Code::magic);
     f32x8 rounded = size + magic - magic;
