@@ -20,17 +20,20 @@ def poison(on: bool) -> None:
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Memory whose contents must not be relied upon."""
-    out = torch.empty(shape, dtype=dtype, device=device)
-    if _poisoned:
-        out.fill_(float("nan") if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype).min)
-    return out
+    return _poison(torch.empty(shape, dtype=dtype, device=device))
 
 
 def empty_like(x: Tensor) -> Tensor:
     """Contiguous memory of x's shape, dtype and device."""
-    return empty(tuple(x.shape), x.dtype, x.device)
+    return _poison(torch.empty_like(x, memory_format=torch.contiguous_format))  # a third of the time of `empty`
 
 
 def full(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Memory filled with `value`."""
     return torch.full(shape, value, dtype=dtype, device=device)
+
+
+def _poison(out: Tensor) -> Tensor:
+    if _poisoned:
+        out.fill_(float("nan") if out.is_floating_point() or out.is_complex() else torch.iinfo(out.dtype).min)
+    return out
