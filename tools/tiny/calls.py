@@ -150,10 +150,10 @@ _FIELDS: dict[str, tuple[str, Callable[[Random], Any], list[str]]] = {
 
 
 class Form:
-    """A JSON schema of two to four fields, and texts that fill it."""
+    """A JSON schema of two or three fields, and texts that fill it."""
 
     def __init__(self, world: World) -> None:
-        self.fields = world.rng.sample(list(_FIELDS), world.rng.randint(2, 4))
+        self.fields = world.rng.sample(list(_FIELDS), world.rng.randint(2, 3))
 
     def schema(self) -> Schema:
         properties = {field: {"type": _FIELDS[field][0]} for field in self.fields}

@@ -134,7 +134,7 @@ def addition(a: int, b: int) -> str:
 
 def total(world: World) -> Turn:
     def draw(rng: Random) -> tuple[str, Any]:
-        digits = rng.choices([(1, 1), (1, 2), (2, 1), (2, 2), (3, 2), (2, 3), (3, 3)], [2, 2, 2, 10, 0.5, 0.5, 0.7])[0]
+        digits = rng.choices([(1, 1), (1, 2), (2, 1), (2, 2)], [1, 1.5, 1.5, 10])[0]
         a, b = (rng.randrange(0 if n == 1 else 10 ** (n - 1), 10**n) for n in digits)
         key = f"sum {min(a, b)} {max(a, b)}"
         return ("sum" if a < 10 and b < 10 and not world.evaluation else key), (a, b)
