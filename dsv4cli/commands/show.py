@@ -74,14 +74,12 @@ def parts(header: Header) -> list[Part]:
     """Tensors, bytes and formats by role."""
     from dsv4_quant import schema
 
-    tensors = {schema.normalise(name): tensor for name, tensor in header.tensors.items()}
     expected: Iterable[Any] = schema.gguf_tensors(header.config)
     if header.layout == "official":
-        variant = schema.Variant.of({name: tensor.dtype for name, tensor in tensors.items()})
-        expected = schema.tensors(header.config, variant)
+        expected = schema.tensors(header.config, schema.Variant.of(header.tensors))
     roles = {spec.name: spec.role for spec in expected}
     groups: dict[str, list[Any]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in header.tensors.items():
         groups.setdefault(roles.get(name, "other"), []).append(tensor)
     order = [*ROLES, *(role for role in groups if role not in ROLES)]
     return [Part(role, len(groups[role]), sum(tensor.nbytes for tensor in groups[role]), _formats(groups[role]))

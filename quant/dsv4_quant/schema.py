@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.errors import CorruptFile
@@ -44,23 +44,23 @@ class Variant:
     repeated_ends: bool = False  # Flash-Base stores the embedding and head again under mtp.0
 
     @classmethod
-    def of(cls, dtypes: Mapping[str, str]) -> Variant:
-        """Reads the variant off the tensors found (official name -> dtype)."""
+    def of(cls, found: Mapping[str, Found]) -> Variant:
+        """Reads the variant off the tensors found, by official name."""
+        expert, scale = found.get("layers.0.ffn.experts.0.w1.weight"), found.get("layers.0.attn.wq_a.scale")
         stages: Literal["none", "mtp", "dspark"] = "none"
-        if "mtp.0.main_proj.weight" in dtypes:
+        if "mtp.0.main_proj.weight" in found:
             stages = "dspark"
-        elif "mtp.0.e_proj.weight" in dtypes:
+        elif "mtp.0.e_proj.weight" in found:
             stages = "mtp"
         return cls(
-            expert_dtype="fp8" if dtypes.get("layers.0.ffn.experts.0.w1.weight") == "F8_E4M3" else "fp4",
-            scale_dtype="F32" if dtypes.get("layers.0.attn.wq_a.scale") == "F32" else "F8_E8M0",
+            expert_dtype="fp8" if expert is not None and expert.dtype == "F8_E4M3" else "fp4",
+            scale_dtype="F32" if scale is not None and scale.dtype == "F32" else "F8_E8M0",
             stages=stages,
-            repeated_ends="mtp.0.emb.tok_emb.weight" in dtypes,
+            repeated_ends="mtp.0.emb.tok_emb.weight" in found,
         )
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """One tensor of the official layout. `stage` counts drafting stages; `layer` is None outside the trunk."""
 
     name: str
@@ -227,8 +227,7 @@ GGUF_LAYER = {
 GGUF_EXPERTS = {"w1": "ffn_gate_exps.weight", "w3": "ffn_up_exps.weight", "w2": "ffn_down_exps.weight"}
 
 
-@dataclass(frozen=True)
-class GgufSpec:
+class GgufSpec(NamedTuple):
     """One tensor of a GGUF: shape outermost first (GGUF itself counts from the innermost), and the official tensors in it."""
 
     name: str
@@ -298,9 +297,8 @@ def check_official(found: Mapping[str, Found], config: ModelConfig, origin: str)
     Raises CorruptFile for a tensor that is missing, of another shape, or of a type that cannot stand there. Vision tensors,
     a router bias in hash layers and drafting stages that the configuration does not list are tolerated.
     """
-    variant = Variant.of({name: tensor.dtype for name, tensor in found.items()})
     expected = set()
-    for spec in tensors(config, variant):  # stops at the first that is missing, however many a hostile config asks for
+    for spec in tensors(config, Variant.of(found)):  # stops at the first that is missing, however many a hostile config asks for
         _compare(spec.name, spec.shape, stored_as(spec), found, origin)
         expected.add(spec.name)
     return [name for name in found if name not in expected and not name.startswith(IGNORED_PREFIXES)]

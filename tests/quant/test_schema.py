@@ -142,7 +142,7 @@ def test_gguf_shapes_and_both_names() -> None:
 
 @pytest.mark.parametrize("release", list(RELEASES))
 def test_variant_is_read_off_the_tensors(release: str) -> None:
-    assert Variant.of({spec.name: spec.dtype for spec in listed(release)}) == RELEASES[release][1]
+    assert Variant.of({spec.name: spec for spec in listed(release)}) == RELEASES[release][1]
 
 
 @pytest.mark.parametrize(

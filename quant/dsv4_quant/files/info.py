@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from dsv4_quant.errors import CorruptFile
 
 DAMAGED = "The file is damaged or was made to do harm; get it again from its source."
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """A tensor's place: `nbytes` bytes from `offset` of `file`; `shape` is outermost first."""
 
     name: str
