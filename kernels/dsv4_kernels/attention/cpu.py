@@ -1,0 +1,42 @@
+"""Attention in C++, with keys read where they lie. Queries that are not float32, and keys that are neither float32 nor
+bfloat16, go the way of `ref`."""
+
+from __future__ import annotations
+
+from torch import Tensor, bfloat16, float32, int64
+
+from dsv4_kernels import alloc
+from dsv4_kernels.attention import Entries, ref
+from dsv4_kernels.native.library import I, P, load, signature
+
+signature("dsv4_sparse_attention", P, I, I, I, P, I, P, P, P, I, P, I, I, P)
+
+
+def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int) -> Tensor:
+    if entries is not None and not len(entries.kv):
+        entries = None
+    if q.dtype != float32 or sink.dtype != float32 or recent.dtype not in (float32, bfloat16) or not _fit(entries, recent):
+        return ref.sparse_attention(q, recent, entries, sink, window)
+    t, heads, d = q.shape
+    q, recent, sink = q.contiguous(), recent.contiguous(), sink.contiguous()
+    out = alloc.empty_like(q)
+    kv = visible = chosen = None
+    k = 0
+    if entries is not None:
+        kv, visible = entries.kv.contiguous(), entries.visible.contiguous()
+        if entries.chosen is not None:
+            chosen, k = entries.chosen.contiguous(), entries.chosen.shape[1]
+    load().dsv4_sparse_attention(q.data_ptr(), t, heads, d, recent.data_ptr(), len(recent), _place(kv), _place(visible),
+                                 _place(chosen), k, sink.data_ptr(), window, recent.dtype == bfloat16, out.data_ptr())
+    return out
+
+
+def _fit(entries: Entries | None, recent: Tensor) -> bool:
+    if entries is None:
+        return True
+    whole = entries.visible.dtype == int64 and (entries.chosen is None or entries.chosen.dtype == int64)
+    return entries.kv.dtype == recent.dtype and whole
+
+
+def _place(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

@@ -1,0 +1,166 @@
+// Attention of each query over the keys that it sees, which are its values too. All heads share them, so four heads go through
+// the keys together: a key is widened once for four products.
+#include <algorithm>
+#include <vector>
+
+#include "api.h"
+#include "floats.h"
+#include "pool.h"
+
+using namespace dsv4;
+
+namespace {
+
+constexpr int HEADS = 4;  // that go together
+
+struct Problem {
+    const float* q;  // [t, heads, d]
+    int64_t t, heads, d;
+    const uint8_t* recent;  // [rows, d]
+    int64_t rows;
+    const uint8_t* entries;  // [n, d]
+    const int64_t *visible, *chosen;  // [t], [t, k]
+    int64_t k;
+    const float* sink;
+    int64_t window;
+    float* out;
+};
+
+struct Scratch {
+    std::vector<const uint8_t*> keys;
+    std::vector<float> q, scores;
+};
+
+thread_local Scratch scratch;
+
+// Where the keys lie that token i sees: its window, then its entries.
+template <class T>
+void find_keys(const Problem& p, int64_t i, std::vector<const uint8_t*>& keys) {
+    keys.clear();
+    int64_t width = p.d * T::BYTES, end = p.rows - p.t + i + 1;
+    for (int64_t row = std::max<int64_t>(0, end - p.window); row < end; ++row) keys.push_back(p.recent + row * width);
+    if (!p.entries) return;
+    if (!p.chosen) {
+        for (int64_t row = 0; row < p.visible[i]; ++row) keys.push_back(p.entries + row * width);
+        return;
+    }
+    for (int64_t slot = 0; slot < p.k; ++slot) {
+        int64_t row = p.chosen[i * p.k + slot];
+        if (row >= 0 && row < p.visible[i]) keys.push_back(p.entries + row * width);
+    }
+}
+
+// scores[h][key] = q[h] . key for COUNT keys at once.
+template <class T, int COUNT>
+DSV4_INLINE void score(const float* q, int64_t d, const uint8_t* const* keys, float* scores, int64_t stride) {
+    f32x8 sums[HEADS][COUNT] = {};
+    int64_t c = 0;
+    for (; c + 8 <= d; c += 8) {
+        f32x8 key[COUNT];
+        for (int j = 0; j < COUNT; ++j) key[j] = T::eight(keys[j] + c * T::BYTES);
+        for (int h = 0; h < HEADS; ++h) {
+            f32x8 part = load<f32x8>(q + h * d + c);
+            for (int j = 0; j < COUNT; ++j) sums[h][j] = fma(part, key[j], sums[h][j]);
+        }
+    }
+    for (int h = 0; h < HEADS; ++h)
+        for (int j = 0; j < COUNT; ++j) {
+            float total = sum(sums[h][j]);
+            for (int64_t rest = c; rest < d; ++rest) total += q[h * d + rest] * T::one(keys[j] + rest * T::BYTES);
+            scores[h * stride + j] = total;
+        }
+}
+
+// Scores become e^(score - most), and their sum, with the sink's, is returned. `stride` numbers may be written.
+DSV4_INLINE float exponents(float* scores, int64_t count, int64_t stride, float sink) {
+    float most = sink;
+    for (int64_t i = 0; i < count; ++i) most = scores[i] > most ? scores[i] : most;
+    std::fill(scores + count, scores + stride, -INFINITY);
+    f32x8 total = {};
+    for (int64_t i = 0; i < stride; i += 8) {
+        f32x8 power = exp(load<f32x8>(scores + i) - splat(most));
+        store(scores + i, power);
+        total += power;
+    }
+    return sum(total) + exp(splat(sink - most))[0];
+}
+
+// out[h] = sum of shares[h][key] * key over all keys, for 8 * VECTORS columns from c on.
+template <class T, int VECTORS>
+DSV4_INLINE void gather(const std::vector<const uint8_t*>& keys, const float* shares, int64_t stride, int64_t c, int64_t d,
+                        int heads, const float* inverse, float* out) {
+    f32x8 sums[HEADS][VECTORS] = {};
+    for (int64_t i = 0; i < int64_t(keys.size()); ++i) {
+        f32x8 key[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) key[v] = T::eight(keys[i] + (c + 8 * v) * T::BYTES);
+        for (int h = 0; h < HEADS; ++h) {
+            f32x8 share = splat(shares[h * stride + i]);
+            for (int v = 0; v < VECTORS; ++v) sums[h][v] = fma(share, key[v], sums[h][v]);
+        }
+    }
+    for (int h = 0; h < heads; ++h)
+        for (int v = 0; v < VECTORS; ++v) store(out + h * d + c + 8 * v, sums[h][v] * splat(inverse[h]));
+}
+
+// Heads first .. first + heads (at most HEADS) of token i, whose keys have been found.
+template <class T>
+void attend(const Problem& p, int64_t i, int64_t first, int heads) {
+    const auto& keys = scratch.keys;
+    int64_t count = int64_t(keys.size()), stride = (count + 7) / 8 * 8, d = p.d;
+    scratch.q.assign(size_t(HEADS * d), 0.0f);  // heads that are not there have zeros
+    scratch.scores.resize(std::max(scratch.scores.size(), size_t(HEADS * stride)));
+    float *q = scratch.q.data(), *scores = scratch.scores.data();
+    float scale = 1.0f / std::sqrt(float(d));
+    const float* from = p.q + (i * p.heads + first) * d;
+    for (int64_t c = 0; c < heads * d; ++c) q[c] = from[c] * scale;
+
+    int64_t j = 0;
+    for (; j + 2 <= count; j += 2) score<T, 2>(q, d, keys.data() + j, scores + j, stride);
+    if (j < count) score<T, 1>(q, d, keys.data() + j, scores + j, stride);
+    float inverse[HEADS];
+    for (int h = 0; h < HEADS; ++h)
+        inverse[h] = 1.0f / exponents(scores + h * stride, count, stride, h < heads ? p.sink[first + h] : 0.0f);
+
+    float* out = p.out + (i * p.heads + first) * d;
+    int64_t c = 0;
+    for (; c + 16 <= d; c += 16) gather<T, 2>(keys, scores, stride, c, d, heads, inverse, out);
+    if (c + 8 <= d) {
+        gather<T, 1>(keys, scores, stride, c, d, heads, inverse, out);
+        c += 8;
+    }
+    for (; c < d; ++c)
+        for (int h = 0; h < heads; ++h) {
+            float total = 0;
+            for (int64_t key = 0; key < count; ++key) total += scores[h * stride + key] * T::one(keys[key] + c * T::BYTES);
+            out[h * d + c] = total * inverse[h];
+        }
+}
+
+template <class T>
+void attend_all(const Problem& p) {
+    int64_t blocks = (p.heads + HEADS - 1) / HEADS;
+    // A prompt has tokens enough for all threads, and a token's keys are then found once for all its heads.
+    int64_t grain = p.t >= 4 * threads() ? blocks : 1;
+    parallel(p.t * blocks, grain, [&](int64_t begin, int64_t end) {
+        int64_t found = -1;
+        for (int64_t item = begin; item < end; ++item) {
+            int64_t i = item / blocks, first = item % blocks * HEADS;
+            if (i != found) find_keys<T>(p, found = i, scratch.keys);
+            attend<T>(p, i, first, int(std::min<int64_t>(HEADS, p.heads - first)));
+        }
+    });
+}
+
+}  // namespace
+
+// q [t, heads, d], recent [rows, d], entries [n, d] or null, visible [t], chosen [t, k] or null, sink [heads] -> out like q.
+// Keys are bfloat16 or float32.
+DSV4_API void dsv4_sparse_attention(const float* q, int64_t t, int64_t heads, int64_t d, const uint8_t* recent, int64_t rows,
+                                    const uint8_t* entries, const int64_t* visible, const int64_t* chosen, int64_t k,
+                                    const float* sink, int64_t window, int64_t bf16, float* out) {
+    Problem p{q, t, heads, d, recent, rows, entries, visible, chosen, k, sink, window, out};
+    if (bf16)
+        attend_all<BF16Format>(p);
+    else
+        attend_all<F32Format>(p);
+}
