@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -71,11 +72,14 @@ TORCH_FREE = [
 ]
 
 
-def modules() -> Iterator[tuple[str, Path]]:
+@cache
+def modules() -> list[tuple[str, Path]]:
+    found = []
     for package, folder in PACKAGES.items():
         for path in sorted(folder.rglob("*.py")):
             parts = (package, *path.relative_to(folder).with_suffix("").parts)
-            yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+            found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+    return found
 
 
 def imports(module: str, path: Path) -> Iterator[tuple[int, str]]:
@@ -143,6 +147,7 @@ def test_no_import_cycles() -> None:
         visit(module, ())
 
 
+@cache
 def top_level_imports(module: str, path: Path) -> set[str]:
     """Imports that run when the module is imported: not those inside functions or under TYPE_CHECKING."""
     tree = ast.parse(path.read_text())
