@@ -56,7 +56,7 @@ struct MXFP4Format {
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         in_pairs(cols / 32, [&](int64_t k) {
             const uint8_t* b = row.data + 17 * k;
-            sink.put(k, look_up(E2M1, nibbles(b + 1)), 0.5f * e8m0(*b));
+            sink.put(k, look_up(E2M1, nibbles(b + 1)), HALF_E8M0.of[*b]);
         });
     }
 };
@@ -68,14 +68,19 @@ struct FP4Format {
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         in_pairs(cols / 32, [&](int64_t k) {
-            float scale = row.float_scales ? load<float>(row.scales + 4 * k) : e8m0(row.scales[k]);
-            sink.put(k, look_up(E2M1, nibbles(row.data + 16 * k)), 0.5f * scale);
+            float scale = row.float_scales ? 0.5f * load<float>(row.scales + 4 * k) : HALF_E8M0.of[row.scales[k]];
+            sink.put(k, look_up(E2M1, nibbles(row.data + 16 * k)), scale);
         });
     }
 };
 
 DSV4_INLINE f32x8 bytes_to_floats(uint64_t bytes) {
     return to_float(__builtin_convertvector(load<u8x8>(&bytes), i32x8));
+}
+
+DSV4_INLINE f32x8 signed_bytes_to_floats(const uint8_t* from) {
+    typedef int8_t i8x8 __attribute__((vector_size(8)));
+    return to_float(__builtin_convertvector(load<i8x8>(from), i32x8));
 }
 
 // Twelve bytes that hold eight scales and eight minima of six bits, as Q4_K and Q5_K pack them; a byte each.
@@ -143,8 +148,10 @@ struct Q6_KFormat {
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         const uint8_t* b = row.data;
         for (int64_t s = 0; s < cols / 256; ++s, b += 210) {
-            float d = half_at(b + 208);
-            const int8_t* scales = reinterpret_cast<const int8_t*>(b + 192);
+            f32x8 d = splat(half_at(b + 208));
+            float steps[16];
+            store(steps, signed_bytes_to_floats(b + 192) * d);
+            store(steps + 8, signed_bytes_to_floats(b + 200) * d);
             for (int half = 0; half < 2; ++half) {
                 u8x32 first = load<u8x32>(b + 64 * half), second = load<u8x32>(b + 64 * half + 32);
                 u8x32 upper = load<u8x32>(b + 128 + 32 * half);
@@ -152,8 +159,10 @@ struct Q6_KFormat {
                                   field<0>(second, 15) | bits<u8x32>(bits<u32x8>(field<2>(upper, 3)) << 4),
                                   field<4>(first, 15) | bits<u8x32>(bits<u32x8>(field<4>(upper, 3)) << 4),
                                   field<4>(second, 15) | bits<u8x32>(bits<u32x8>(field<6>(upper, 3)) << 4)};
-                for (int j = 0; j < 4; ++j, scales += 2)
-                    sink.put(8 * s + 4 * half + j, i8x32(codes[j]) - 32, splat(d * scales[0], d * scales[1]));
+                for (int j = 0; j < 4; ++j) {
+                    const float* step = steps + 8 * half + 2 * j;
+                    sink.put(8 * s + 4 * half + j, i8x32(codes[j]) - 32, splat(step[0], step[1]));
+                }
             }
         }
     }
@@ -167,9 +176,9 @@ struct Q3_KFormat {
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         const uint8_t* b = row.data;
         for (int64_t s = 0; s < cols / 256; ++s, b += 110) {
-            float d = half_at(b + 108);
-            uint8_t scales[16];
-            unpack_scales(b + 96, scales);
+            f32x8 d = splat(half_at(b + 108));
+            float steps[16];
+            scales(b + 96, d, steps);
             u8x32 third = ~load<u8x32>(b);  // a bit that is clear takes 4 away
 #pragma GCC unroll 8
             for (int j = 0; j < 8; ++j) {
@@ -177,18 +186,19 @@ struct Q3_KFormat {
                 u8x32 code = bits<u8x32>(bits<u32x8>(pairs) >> (2 * (j % 4))) & 3;
                 u8x32 below = bits<u8x32>(bits<u32x8>(third) >> j) & 1;
                 i8x32 w = i8x32(code) - i8x32(bits<u8x32>(bits<u32x8>(below) << 2));
-                sink.put(8 * s + j, w, splat(d * (scales[2 * j] - 32), d * (scales[2 * j + 1] - 32)));
+                sink.put(8 * s + j, w, splat(steps[2 * j], steps[2 * j + 1]));
             }
         }
     }
 
-    // Sixteen scales of six bits: low nibbles in eight bytes, the upper two bits in the last four.
-    static DSV4_INLINE void unpack_scales(const uint8_t* from, uint8_t* scales) {
+    // Sixteen scales of six bits, less 32: low nibbles in eight bytes, the upper two bits in the last four.
+    static DSV4_INLINE void scales(const uint8_t* from, f32x8 d, float* steps) {
         uint32_t a = load<uint32_t>(from), b = load<uint32_t>(from + 4), upper = load<uint32_t>(from + 8);
-        store(scales, (a & 0x0f0f0f0fu) | (upper << 4 & 0x30303030u));
-        store(scales + 4, (b & 0x0f0f0f0fu) | (upper << 2 & 0x30303030u));
-        store(scales + 8, (a >> 4 & 0x0f0f0f0fu) | (upper & 0x30303030u));
-        store(scales + 12, (b >> 4 & 0x0f0f0f0fu) | (upper >> 2 & 0x30303030u));
+        auto both = [](uint32_t low, uint32_t high) { return low | uint64_t(high) << 32; };
+        uint64_t first = both((a & 0x0f0f0f0fu) | (upper << 4 & 0x30303030u), (b & 0x0f0f0f0fu) | (upper << 2 & 0x30303030u));
+        uint64_t second = both((a >> 4 & 0x0f0f0f0fu) | (upper & 0x30303030u), (b >> 4 & 0x0f0f0f0fu) | (upper >> 2 & 0x30303030u));
+        store(steps, (bytes_to_floats(first) - 32.0f) * d);
+        store(steps + 8, (bytes_to_floats(second) - 32.0f) * d);
     }
 };
 

@@ -48,7 +48,13 @@ DSV4_INLINE void store(void* to, V v) {
 }
 
 DSV4_INLINE f32x8 splat(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
-DSV4_INLINE f32x8 splat(float low, float high) { return f32x8{low, low, low, low, high, high, high, high}; }
+DSV4_INLINE f32x8 splat(float low, float high) {
+#if DSV4_AVX2
+    return f32x8(_mm256_blend_ps(_mm256_set1_ps(low), _mm256_set1_ps(high), 0xf0));
+#else
+    return f32x8{low, low, low, low, high, high, high, high};
+#endif
+}
 
 template <class To, class From>
 DSV4_INLINE To bits(From v) {
@@ -109,17 +115,20 @@ DSV4_INLINE f32x8 bf16_at(const void* from) {
 
 // E4M3 without its NaN codes: sign and seven bits moved into a float's places; the product mends the exponent's bias.
 DSV4_INLINE f32x8 e4m3_at(const void* from) {
-    u32x8 code = __builtin_convertvector(load<u8x8>(from), u32x8);
-    u32x8 moved = ((code & 0x80) << 24) | ((code & 0x7f) << 20);
-    return bits<f32x8>(moved) * splat(0x1p120f);
+#if DSV4_AVX2
+    i32x8 code = i32x8(_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from))));
+#else
+    typedef int8_t i8x8 __attribute__((vector_size(8)));
+    i32x8 code = __builtin_convertvector(load<i8x8>(from), i32x8);
+#endif
+    return bits<f32x8>((code << 20) & int32_t(0x87f00000u)) * splat(0x1p120f);  // the sign was spread to all bits above it
 }
 
-// Small numbers as floats without a conversion: 2^(e - 127) of E8M0 (255 means NaN), and 1 + 2n.
+// Small numbers as floats without a conversion: 2^(e - 127) of E8M0 (255 means NaN) or half of it, and 1 + 2n.
 struct Powers {
     float of[256];
 
-    constexpr Powers() : of() {
-        float power = 0x1p-127f;  // the one that is no normal float
+    constexpr explicit Powers(float power) : of() {  // the first is no normal float
         for (int e = 0; e < 255; ++e) {
             of[e] = power;
             if (e < 254) power *= 2;
@@ -128,7 +137,7 @@ struct Powers {
     }
 };
 
-inline constexpr Powers E8M0;
+inline constexpr Powers E8M0(0x1p-127f), HALF_E8M0(0x1p-128f);
 inline constexpr float ODD[16] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
 
 DSV4_INLINE float e8m0(uint8_t exponent) { return E8M0.of[exponent]; }
@@ -260,20 +269,16 @@ DSV4_INLINE i8x32 look_up(i8x16 table, u8x32 index) {
 #endif
 }
 
-// Joined in registers: a wide load after narrow stores would wait for them to reach the cache.
-DSV4_INLINE u8x32 join(u8x16 low, u8x16 high) {
-#if DSV4_AVX2
-    return u8x32(_mm256_set_m128i(__m128i(high), __m128i(low)));
-#else
-    u8x16 parts[2] = {low, high};
-    return load<u8x32>(parts);
-#endif
-}
-
 // The low nibbles of 16 bytes, then their high ones.
 DSV4_INLINE u8x32 nibbles(const uint8_t* from) {
-    u8x16 pairs = load<u8x16>(from);
-    return join(pairs & 15, pairs >> 4);
+#if DSV4_AVX2
+    const __m256i down = _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0);
+    __m256i pairs = _mm256_broadcastsi128_si256(load<__m128i>(from));
+    return u8x32(_mm256_srlv_epi32(pairs, down)) & 15;
+#else
+    u8x16 pairs = load<u8x16>(from), parts[2] = {pairs & 15, pairs >> 4};
+    return load<u8x32>(parts);
+#endif
 }
 
 // Two bits of every byte: (v >> shift) & 3, and the like. Bytes cannot be shifted as such everywhere, wider lanes can.
