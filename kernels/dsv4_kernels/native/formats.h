@@ -75,12 +75,11 @@ struct FP4Format {
 };
 
 DSV4_INLINE f32x8 bytes_to_floats(uint64_t bytes) {
-    return to_float(__builtin_convertvector(load<u8x8>(&bytes), i32x8));
+    return to_float(widen_unsigned(load<u8x8>(&bytes)));
 }
 
 DSV4_INLINE f32x8 signed_bytes_to_floats(const uint8_t* from) {
-    typedef int8_t i8x8 __attribute__((vector_size(8)));
-    return to_float(__builtin_convertvector(load<i8x8>(from), i32x8));
+    return to_float(widen_signed(load<i8x8>(from)));
 }
 
 // Twelve bytes that hold eight scales and eight minima of six bits, as Q4_K and Q5_K pack them; a byte each.

@@ -102,5 +102,5 @@ def threads() -> int:
 
 
 def _set_threads(library: ctypes.CDLL, count: int) -> None:
-    cpus = processors.worker_places(count)
+    cpus = processors.places(count)
     library.dsv4_set_threads(count, (ctypes.c_int * len(cpus))(*cpus), len(cpus))

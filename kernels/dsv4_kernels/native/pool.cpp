@@ -10,6 +10,7 @@
 #include <condition_variable>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -36,10 +37,10 @@ thread_local bool inside = false;
 
 class Pool {
 public:
-    // cpus[i] is where thread i + 1 is pinned; the caller itself stays where the system puts it.
-    Pool(int count, std::vector<int> cpus) {
+    // cpus[i] is where thread i is pinned. The caller, thread 0, goes where the system puts it, but see step_aside.
+    Pool(int count, std::vector<int> places) : cpus(std::move(places)) {
         for (int i = 1; i < count; ++i) {
-            int cpu = i - 1 < int(cpus.size()) ? cpus[i - 1] : -1;
+            int cpu = i < int(cpus.size()) ? cpus[i] : -1;
             workers.emplace_back([this, i, cpu] { work(i, cpu); });
         }
     }
@@ -57,6 +58,7 @@ public:
     int size() const { return int(workers.size()) + 1; }
 
     void run(int64_t count, int64_t grain, const Body& body) {
+        step_aside();
         job = &body;
         total = count;
         step = grain;
@@ -107,6 +109,19 @@ private:
         return generation.load(std::memory_order_acquire);
     }
 
+    // A caller on a worker's processor would share it for as long as the system likes, at a third of the speed, while its own
+    // stands idle. It is moved there once and stays free to go.
+    void step_aside() const {
+#if defined(__linux__)
+        int here = sched_getcpu();
+        if (cpus.size() < 2 || std::find(cpus.begin() + 1, cpus.end(), here) == cpus.end()) return;
+        cpu_set_t before;
+        if (pthread_getaffinity_np(pthread_self(), sizeof before, &before) != 0 || !CPU_ISSET(cpus[0], &before)) return;
+        pin(cpus[0]);
+        pthread_setaffinity_np(pthread_self(), sizeof before, &before);
+#endif
+    }
+
     static void pin(int cpu) {
 #if defined(__linux__)
         if (cpu < 0) return;
@@ -119,6 +134,7 @@ private:
 #endif
     }
 
+    std::vector<int> cpus;
     std::vector<std::thread> workers;
     const Body* job = nullptr;
     int64_t total = 0, step = 1;
@@ -152,7 +168,7 @@ void run_parallel(int64_t count, int64_t grain, const Body& body) {
 
 }  // namespace dsv4
 
-// Replaces the pool by one of `count` threads. cpus: where the workers (not the caller) are pinned, or null.
+// Replaces the pool by one of `count` threads. cpus: a processor for each, the caller first, or none.
 DSV4_API void dsv4_set_threads(int count, const int* cpus, int cpu_count) {
     std::lock_guard<std::mutex> lock(dsv4::callers);
 #if defined(__linux__)

@@ -13,10 +13,10 @@ def physical_cores() -> int:
     return max(len(cores) for cores in _nodes())
 
 
-def worker_places(count: int) -> list[int]:
-    """Where to pin threads 2 .. count: the first thread is the caller's own and stays free."""
+def places(count: int) -> list[int]:
+    """A processor for each of `count` threads; none when there are more threads than physical cores."""
     cores = [cpu for node in sorted(_nodes(), key=len, reverse=True) for cpu in node]
-    return cores[1:count] if count <= len(cores) else []
+    return cores[:count] if count <= len(cores) else []
 
 
 def _nodes() -> list[list[int]]:

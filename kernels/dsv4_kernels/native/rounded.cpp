@@ -8,8 +8,6 @@
 namespace dsv4 {
 namespace {
 
-typedef int8_t i8x8 __attribute__((vector_size(8)));
-
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded number in the low bits
 
 struct Memory {
