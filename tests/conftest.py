@@ -10,9 +10,10 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where this run's CPU kernels are compiled, once for all tests and for the programs that they start."""
-    return tmp_path_factory.mktemp("native")
+def native_folder(pytestconfig: pytest.Config) -> Path:
+    """Where the CPU kernels are compiled, once for all tests, the programs that they start, and runs to come."""
+    assert pytestconfig.cache is not None
+    return Path(pytestconfig.cache.mkdir("native"))
 
 
 @pytest.fixture

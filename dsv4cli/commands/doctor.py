@@ -21,6 +21,7 @@ def doctor(json: Json = False) -> None:
         "gpu": machine.gpu(),
         "paths": machine.places(),
         "settings": in_force(),
+        "cpu kernels": cpu_kernels(),
         "backends": backends(),
     }
     if json:
@@ -36,6 +37,14 @@ def in_force() -> Section:
     """Every setting with its value and origin; None is not set, and whoever uses it has a default."""
     chosen = settings.load()
     return {name: {"value": chosen[name], "origin": chosen.origin(name)} for name in chosen}
+
+
+def cpu_kernels() -> Section:
+    """Our own kernels on this machine: compiled by what and for what, or why there are none."""
+    from dsv4_kernels import backends as kernels
+
+    trouble = kernels.cpu_trouble()
+    return dict(kernels.cpu_about()) if trouble is None else {"trouble": trouble.message, "what to do": trouble.hint}
 
 
 def backends() -> Section:

@@ -18,10 +18,25 @@ def open_engine(model: str, chosen: Settings) -> Engine:
     """Opens `model`; what nobody chose is left to the engine. Here torch is imported, after the name was found good."""
     entry = catalog.resolve(model)
     entry.located()
+    prepare_kernels(chosen["quiet"])
     with console.working(f"opening {entry.name}…", chosen["quiet"]):
         from dsv4cli.engine import Engine
 
         return Engine.open(model, **chosen.chosen(*OPENING))
+
+
+def prepare_kernels(quiet: bool) -> None:
+    """Has the CPU kernels compiled where they are not yet; says so, and says when it cannot be done."""
+    with console.working("opening torch…", quiet):
+        from dsv4_kernels import backends as kernels
+
+        built = kernels.cpu_is_built()
+    if not built:
+        with console.working("compiling the CPU kernels for this machine, once…", quiet):
+            kernels.cpu_trouble()
+    trouble = kernels.cpu_trouble()
+    if trouble is not None and not quiet:
+        console.note(f"{trouble.message} Computing with torch instead, which is slow. {trouble.hint}")
 
 
 def facts(engine: Engine) -> list[tuple[str, str]]:

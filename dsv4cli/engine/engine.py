@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dsv4_kernels import backends
 from dsv4_quant.files import open_source
 from dsv4cli.engine import opening, turn
 from dsv4cli.engine.loaded import Loaded
@@ -33,8 +34,8 @@ class Engine(Loaded):
              threads: int | None = None, ctx: int | None = None, release: str | None = None) -> Engine:
         """Opens a model by alias, checkpoint folder or .gguf path.
 
-        ctx None chooses the longest usual context that fits. threads are torch's, so they hold for the whole process;
-        None leaves torch's own choice, but 1 for a very small model. Raises UsageError (unknown name, bad value),
+        ctx None chooses the longest usual context that fits. threads hold for the whole process; None means one per
+        physical core, but 1 for a very small model. Raises UsageError (unknown name, bad value),
         CapacityError with both numbers before anything is loaded that does not fit, and what the reader raises for a
         damaged or unknown file.
         """
@@ -44,7 +45,7 @@ class Engine(Loaded):
         entry = catalog.resolve(str(model))
         source = open_source(entry.located())
         plan = opening.plan_of(source, entry.name, ctx, numerics)
-        _use_threads(threads, plan)
+        use_threads(threads, plan)
         return cls(entry.name, Model.bind(source, numerics=numerics), opening.tokenizer_of(source, entry.name),
                    release_of(entry, source.metadata, release), plan, opening.fingerprint_of(source, numerics),
                    opening.sampling_of(source))
@@ -83,9 +84,14 @@ def _demand_threads(threads: int | None) -> None:
         raise UsageError(f"{threads} threads cannot compute anything.", "Choose --threads 1 or more.")
 
 
-def _use_threads(threads: int | None, plan: MemoryPlan) -> None:
-    """A very small model's products are shorter than the wait for a second thread (seen: 85 tokens/s became 3)."""
-    if threads is not None:
+def use_threads(threads: int | None, plan: MemoryPlan) -> None:
+    """Who computes gets the threads: our kernels where there are any, torch where not.
+
+    A very small model's products are shorter than the wait for a second thread (seen: 85 tokens/s became 3).
+    """
+    small = 0 < plan.expanded < ONE_THREAD
+    backends.use_threads(threads or (1 if small else None))
+    if threads is not None and backends.cpu_trouble() is not None:
         torch.set_num_threads(threads)
-    elif 0 < plan.expanded < ONE_THREAD:
+    elif small or backends.cpu_trouble() is None:
         torch.set_num_threads(1)

@@ -69,6 +69,24 @@ def cpu_trouble() -> QuantError | None:
     return library.trouble()
 
 
+def cpu_is_built() -> bool:
+    """False when the next use of the CPU's own kernels begins with compiling them, which takes a while."""
+    try:
+        return library.is_built()
+    except QuantError:
+        return True  # nothing will be compiled
+
+
+def cpu_about() -> dict[str, str | int]:
+    """Facts about the CPU's own kernels, for people. Raises what `cpu_trouble` returns."""
+    return library.about()
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that the CPU kernels' threads read from memory. Raises what `cpu_trouble` returns."""
+    return library.read_bandwidth()
+
+
 def use_threads(count: int | None) -> int:
     """Lets the CPU kernels use `count` threads, or one per physical core for None; returns how many."""
     return library.set_threads(count)

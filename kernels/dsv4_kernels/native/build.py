@@ -40,19 +40,26 @@ class BuildError(QuantError):
 
 def library_path(folder: Path, variant: str = "native") -> Path:
     """The compiled library in `folder`, built first if need be. Raises BuildError."""
-    compiler = find_compiler()
-    flags = (*COMMON, *VARIANTS[variant])
-    path = folder / f"dsv4-{variant}-{_key(compiler, flags)}.so"
+    path = built_path(folder, variant)
     if not path.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_suffix(".lock")):
                 if not path.exists():
-                    _compile(compiler, flags, path)
+                    _compile(find_compiler(), _flags(variant), path)
         except OSError as error:
             raise BuildError(f"The CPU kernels cannot be stored in {folder}: {error}.",
                              "Point DSV4_CACHE to a folder that can be written.") from error
     return path
+
+
+def built_path(folder: Path, variant: str = "native") -> Path:
+    """Where the library is once it is built. Raises BuildError when there is no compiler."""
+    return folder / f"dsv4-{variant}-{_key(find_compiler(), _flags(variant))}.so"
+
+
+def _flags(variant: str) -> tuple[str, ...]:
+    return (*COMMON, *VARIANTS[variant])
 
 
 def find_compiler() -> str:

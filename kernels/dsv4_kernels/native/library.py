@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from functools import cache
 from pathlib import Path
 
+import torch
 from platformdirs import user_cache_path
 
 from dsv4_kernels.native import processors
-from dsv4_kernels.native.build import VARIANTS, BuildError, library_path
+from dsv4_kernels.native.build import VARIANTS, BuildError, built_path, find_compiler, library_path
 from dsv4_quant.formats import grids
 
 P, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # of the signatures: pointers, sizes, numbers
@@ -18,7 +20,7 @@ P, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # of the signatures: 
 _library: ctypes.CDLL | None = None  # what the doors compute with
 _opened: list[ctypes.CDLL] = []
 _threads: int | None = None
-_signatures: dict[str, tuple[type, ...]] = {"dsv4_set_grids": (P, P)}
+_signatures: dict[str, tuple[type, ...]] = {"dsv4_set_grids": (P, P), "dsv4_read": (P, I, P)}
 
 
 def folder() -> Path:
@@ -41,11 +43,28 @@ def load() -> ctypes.CDLL:
 
 
 def _find() -> ctypes.CDLL:
+    return open_library(library_path(folder(), _variant()))
+
+
+def _variant() -> str:
     variant = os.environ.get("DSV4_NATIVE", "native")
     if variant not in VARIANTS:
         raise BuildError(f"DSV4_NATIVE is {variant!r}, so there are no CPU kernels.",
                          f"Unset it, or choose one of {', '.join(VARIANTS)}.")
-    return open_library(library_path(folder(), variant))
+    return variant
+
+
+def is_built() -> bool:
+    """Whether `load` will find its library, so that nobody has to wait for a compiler. Raises BuildError as it does."""
+    return built_path(folder(), _variant()).exists()
+
+
+def about() -> dict[str, str | int]:
+    """The library in words: where it is, compiled by what, for which instructions, with how many threads."""
+    library = load()
+    library.dsv4_instructions.restype = ctypes.c_char_p
+    return {"library": str(built_path(folder(), _variant())), "compiler": find_compiler(),
+            "instructions": library.dsv4_instructions().decode(), "threads": threads()}
 
 
 def open_library(path: Path) -> ctypes.CDLL:
@@ -104,3 +123,14 @@ def threads() -> int:
 def _set_threads(library: ctypes.CDLL, count: int) -> None:
     cpus = processors.places(count)
     library.dsv4_set_threads(count, (ctypes.c_int * len(cpus))(*cpus), len(cpus))
+
+
+def read_bandwidth(nbytes: int = 1 << 30, tries: int = 5) -> float:
+    """Bytes per second that all threads together read from memory: the best of some tries over a buffer of `nbytes`."""
+    buffer, total = torch.ones(nbytes // 64 * 64, dtype=torch.uint8), ctypes.c_int64()
+    best = float("inf")
+    for _ in range(tries):
+        began = time.perf_counter()
+        load().dsv4_read(buffer.data_ptr(), len(buffer), ctypes.byref(total))
+        best = min(best, time.perf_counter() - began)
+    return len(buffer) / best

@@ -1,0 +1,148 @@
+"""How fast a model computes here, beside the bound that memory sets: every weight of a token has to be read once."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4_kernels import backends
+from dsv4_quant.config import ModelConfig
+from dsv4_quant.files import open_source
+from dsv4_quant.formats import Packed
+from dsv4cli.engine import opening
+from dsv4cli.engine.engine import use_threads
+from dsv4cli.errors import UsageError
+from dsv4cli.model.state import Snapshot, State
+from dsv4cli.model.transformer import Model
+from dsv4cli.registry import catalog
+
+WARM_UP = 4  # tokens before the first measurement: pages are mapped, buffers made
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: a prompt of `prompt` tokens and then `gen` single ones, each after `depth` tokens of context."""
+
+    prompt: int = 512
+    gen: int = 64
+    depths: Sequence[int] = (0,)
+    repeat: int = 3
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for numbers that cannot be measured."""
+        for name in ("prompt", "gen", "repeat"):
+            if getattr(self, name) < (name == "repeat"):
+                raise UsageError(f"--{name} is {getattr(self, name)}.", f"Give {int(name == 'repeat')} or more.")
+        if not self.prompt and not self.gen:
+            raise UsageError("There is nothing to measure with --prompt 0 and --gen 0.", "Give one of them.")
+        if not self.depths or min(self.depths) < 0:
+            raise UsageError("A depth is a number of tokens, 0 or more.", "For example: --depth 0,16384")
+
+    @property
+    def longest(self) -> int:
+        return max(self.depths) + max(self.prompt, self.gen) + WARM_UP
+
+
+@dataclass(frozen=True)
+class Row:
+    """Rates at one depth: medians in tokens per second, None where nothing was asked for. Bytes are those a single token
+    reads, bandwidth (10^9 bytes a second) is measured in the same run, the bound is one over the other."""
+
+    prompt_tokens: int
+    gen_tokens: int
+    depth: int
+    prompt_tok_s: float | None
+    decode_tok_s: float | None
+    bytes_per_token: int
+    bandwidth_gb_s: float | None
+    bound_tok_s: float | None
+
+
+def measure(name: str, plan: Plan, *, numerics: str = "official", threads: int | None = None,
+            report: Callable[[int, int], None] | None = None) -> Iterator[Row]:
+    """Measures a model by alias or path, which needs no tokenizer: the tokens are random, the same in every run.
+
+    Raises UsageError, CapacityError before anything is loaded that does not fit, and what the reader raises.
+    """
+    entry = catalog.resolve(name)
+    source = open_source(entry.located())
+    if plan.longest > source.config.max_position_embeddings:
+        raise UsageError(f"{plan.longest} tokens do not fit into {entry.name}'s {source.config.max_position_embeddings}.",
+                         "Choose a smaller --depth.")
+    use_threads(threads, opening.plan_of(source, entry.name, plan.longest, numerics))
+    model = Model.bind(source, numerics=numerics)
+    bandwidth = backends.read_bandwidth() if backends.cpu_trouble() is None else None
+    for number, depth in enumerate(plan.depths):
+        if report:
+            report(number, len(plan.depths))
+        yield _row(model, plan, depth, bandwidth)
+
+
+def _row(model: Model, plan: Plan, depth: int, bandwidth: float | None) -> Row:
+    ids = torch.randint(0, model.config.vocab_size, (plan.longest,), generator=torch.Generator().manual_seed(1))
+    state = model.new_state(plan.longest)
+    state.reserve(plan.longest)
+    if depth:
+        model.forward(ids[:depth], state, logits="none")
+    start, later = state.snapshot(), ids[depth:]
+    _decode(model, state, start, later[:WARM_UP])
+    prompts = [_prompt(model, state, start, later[:plan.prompt]) for _ in range(plan.repeat if plan.prompt else 0)]
+    decodes = [_decode(model, state, start, later[:plan.gen]) for _ in range(plan.repeat if plan.gen else 0)]
+    nbytes = bytes_per_token(model, depth)
+    return Row(plan.prompt, plan.gen, depth, plan.prompt / statistics.median(prompts) if prompts else None,
+               plan.gen / statistics.median(decodes) if decodes else None, nbytes,
+               bandwidth / 1e9 if bandwidth else None, bandwidth / nbytes if bandwidth else None)
+
+
+def _prompt(model: Model, state: State, start: Snapshot, ids: Tensor) -> float:
+    state.restore(start)
+    began = time.perf_counter()
+    model.forward(ids, state)
+    return time.perf_counter() - began
+
+
+def _decode(model: Model, state: State, start: Snapshot, ids: Tensor) -> float:
+    """Seconds for one token after the other; as in a chat, each waits for the logits of the one before."""
+    state.restore(start)
+    began = time.perf_counter()
+    for token in ids.split(1):
+        model.forward(token, state)
+    return time.perf_counter() - began
+
+
+def bytes_per_token(model: Model, depth: int) -> int:
+    """Bytes that decoding one token after `depth` others has to read: all weights but those of experts that were not
+    chosen and of other tokens' embeddings, and the caches that it looks at."""
+    weights, config = model.weights, model.config
+    chosen, experts = config.num_experts_per_tok, config.n_routed_experts
+    total = _nbytes((weights.head, weights.norm, weights.hc_head)) + weights.embed.nbytes // config.vocab_size
+    for layer in weights.layers:
+        moe = layer.moe
+        total += _nbytes((layer.attn_norm, layer.ffn_norm, layer.hc_attn, layer.hc_ffn, layer.attention))
+        total += _nbytes((moe.gate, moe.bias, moe.shared)) + _nbytes(moe.experts) * chosen // experts
+    return total + _cache_bytes(config, depth, model.numerics.cache.itemsize)
+
+
+def _cache_bytes(config: ModelConfig, depth: int, itemsize: int) -> int:
+    values = 0
+    for ratio in map(config.ratio, range(config.num_hidden_layers)):
+        values += min(depth + 1, config.sliding_window) * config.head_dim
+        entries = depth // ratio if ratio else 0
+        if ratio == 4 and entries > config.index_topk:
+            values += entries * config.index_head_dim
+            entries = config.index_topk
+        values += entries * config.head_dim
+    return values * itemsize
+
+
+def _nbytes(node: object) -> int:
+    if isinstance(node, (Packed, Tensor)):
+        return node.nbytes
+    if is_dataclass(node):
+        return sum(_nbytes(getattr(node, field.name)) for field in fields(node))
+    return sum(map(_nbytes, node)) if isinstance(node, (list, tuple)) else 0
