@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 
 from dsv4cli import paths
 from dsv4cli.commands import doctor, machine
-from tests.support.program import Outcome
+from tests.support.program import Outcome, environment
 from tests.support.synth import Checkpoint, Shape
 
 Run = Callable[..., Outcome]
@@ -105,7 +107,8 @@ def test_list_shows_finished_models_only(run_dsv4: Run, checkpoint: Path) -> Non
 def test_doctor_tells_values_with_their_origins(run_dsv4: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSV4_TEMP", "0.5")
     told = json.loads(run_dsv4("doctor", "--json").out)
-    assert list(told) == ["versions", "cpu", "memory", "gpu", "paths", "settings", "backends"]
+    assert list(told) == ["versions", "cpu", "memory", "gpu", "paths", "settings", "cpu kernels", "backends"]
+    assert told["cpu kernels"]["threads"] >= 1
     assert told["settings"]["temp"] == {"value": 0.5, "origin": "DSV4_TEMP"}
     assert told["settings"]["think"] == {"value": "high", "origin": "default"}
     assert told["paths"]["models"]["path"] == str(paths.models())
@@ -113,6 +116,18 @@ def test_doctor_tells_values_with_their_origins(run_dsv4: Run, monkeypatch: pyte
     assert told["cpu"]["cores allowed"] >= 1
     assert told["memory"]["available to a model"]["bytes"] <= told["memory"]["installed"]["bytes"]
     assert all(choice["reason"] for choice in told["backends"].values())
+
+
+def test_without_a_compiler_doctor_says_why_and_models_still_run(tmp_path: Path) -> None:
+    blind = {**environment(), "CXX": str(tmp_path / "no-compiler"), "DSV4_NATIVE_FOLDER": str(tmp_path)}
+    command = [sys.executable, "-m", "dsv4cli"]
+    told = subprocess.run([*command, "doctor", "--json"], capture_output=True, text=True, check=True, env=blind)
+    assert "no C++ compiler" in json.loads(told.stdout)["cpu kernels"]["trouble"]
+    assert json.loads(told.stdout)["backends"]["linear on cpu"]["backend"] == "ref"
+    asked = subprocess.run([*command, "run", "tiny", "What is the capital of France?", "--think", "off", "--temp", "0"],
+                           capture_output=True, text=True, check=True, env=blind)
+    assert "Paris" in asked.stdout
+    assert asked.stderr.count("no C++ compiler") == 1
 
 
 def test_doctor_is_readable(run_dsv4: Run) -> None:
