@@ -46,7 +46,7 @@ def theirs(options: argparse.Namespace, model: str, depth: int) -> dict[str, flo
 
 
 def rival(options: argparse.Namespace) -> None:
-    """The other side of `theirs`: a prompt of its own for each rate, as llama-bench does, behind a warm-up."""
+    """The other side of `theirs`: both rates behind the same context, which the server keeps from the first to the second."""
     import xllamacpp
 
     depth = int(options.depth)
@@ -59,16 +59,19 @@ def rival(options: argparse.Namespace) -> None:
     server = xllamacpp.Server(params)
     draw = random.Random(1)
 
-    def timings(tokens: int, gen: int) -> dict[str, float]:
-        ids = [draw.randrange(1000, 100_000) for _ in range(tokens)]
+    def drawn(tokens: int) -> list[int]:
+        return [draw.randrange(1000, 100_000) for _ in range(tokens)]
+
+    def timings(ids: list[int], gen: int) -> dict[str, float]:
         answer: dict[str, Any] = server.handle_completions({
             "prompt": ids, "max_tokens": gen, "temperature": 0.0, "top_k": 1, "cache_prompt": True, "ignore_eos": True})
         found: dict[str, float] = answer["timings"]
         return found
 
-    timings(16, 4)
-    prompt = timings(options.prompt, 1)["prompt_per_second"]
-    decode = timings(max(depth, 1), options.gen)["predicted_per_second"]
+    timings(drawn(16), 4)
+    context = drawn(max(depth, 1))
+    decode = timings(context, options.gen)["predicted_per_second"]
+    prompt = timings((context if depth else []) + drawn(options.prompt), 1)["prompt_per_second"]
     print(json.dumps({"prompt_tok_s": prompt, "decode_tok_s": decode}))
 
 

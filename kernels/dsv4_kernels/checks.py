@@ -12,12 +12,10 @@ from dsv4_quant.formats import Packed
 def demand_shape(name: str, x: Tensor | Packed, *expected: int | None) -> None:
     """Raises ValueError unless x has these sizes; None stands for any size."""
     shape = x.shape
-    for have, want in zip(shape, expected, strict=False):
-        if want is not None and have != want:
-            break
-    else:
-        if len(shape) == len(expected):
-            return
+    if shape == expected:  # the usual case, and several hundred times a token
+        return
+    if len(shape) == len(expected) and all(want is None or have == want for have, want in zip(shape, expected, strict=True)):
+        return
     raise ValueError(f"{name} has shape {list(shape)}, but {_spelled(expected)} was expected")
 
 

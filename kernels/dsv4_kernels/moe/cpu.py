@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 
-from torch import Tensor, float32, int64, ones, zeros
+from torch import Tensor, float32, inference_mode, int64, ones, zeros
 
 from dsv4_kernels import alloc
 from dsv4_kernels.moe import Expert, Experts, ref
@@ -33,7 +34,13 @@ def routed_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence
 
 def shared_expert(x: Tensor, expert: Expert, limit: float) -> Tensor:
     """An expert that everybody chose, with weight 1."""
-    return routed_experts(x, ones(len(x), 1), zeros(len(x), 1, dtype=int64), (expert,), limit)
+    return routed_experts(x, *_everybody(x.shape[0]), (expert,), limit)
+
+
+@lru_cache(maxsize=4)
+def _everybody(tokens: int) -> tuple[Tensor, Tensor]:
+    with inference_mode(False):
+        return ones(tokens, 1), zeros(tokens, 1, dtype=int64)
 
 
 def _bank(experts: Sequence[Expert]) -> ctypes.Array[Weight] | None:
