@@ -50,7 +50,7 @@ def invented(rng: Random) -> str:
 
 
 def person(rng: Random) -> str:
-    return rng.choice(NAMES) if rng.random() < 0.85 else invented(rng)
+    return rng.choice(NAMES) if rng.random() < 0.96 else invented(rng)
 
 
 def held_out(key: str) -> bool:
