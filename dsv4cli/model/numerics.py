@@ -2,7 +2,8 @@
 
 Official rounds what its caches hold: K=V to FP8 but for the rotated part, which is bf16; the indexer's keys (and its
 queries), after a Hadamard turn, to FP4. All of these are exact in bf16, so official caches take half the bytes of plain
-ones and lose nothing. Neither rounds the activations of matrix products, and in both the residual streams are float32.
+ones and lose nothing. It also lets fast kernels round the activations that meet packed weights; plain does not. In both
+the residual streams are float32.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Numerics:
 
     name: str = "plain"
     cache: torch.dtype = torch.float32
+    exact: bool = True  # products take activations as they are, also where the weights are packed
 
     def kv(self, x: Tensor, rotated: int) -> Tensor:
         """What the cache keeps of K=V vectors [..., head_dim], whose last `rotated` values are rotated."""
@@ -38,6 +40,7 @@ class Official(Numerics):
 
     name: str = "official"
     cache: torch.dtype = torch.bfloat16
+    exact: bool = False
 
     def kv(self, x: Tensor, rotated: int) -> Tensor:
         return round_kv(x, rotated)

@@ -43,7 +43,8 @@ class Model:
         numerics: "plain" or "official". expand_limit: bytes of float32 weights up to which the model is decoded once.
         Raises CorruptFile for a missing tensor or a wrong shape, UsageError for unknown numerics.
         """
-        return cls(bind(source, expand_limit), source.config, numerics_named(numerics))
+        chosen = numerics_named(numerics)
+        return cls(bind(source, expand_limit, exact=chosen.exact), source.config, chosen)
 
     @property
     def weight_bytes(self) -> int:

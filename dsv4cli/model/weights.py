@@ -90,12 +90,13 @@ class ModelWeights:
         return sum(torch.Size(leaf.shape).numel() for leaf in _leaves(self))
 
 
-def bind(source: Source, expand_limit: int) -> ModelWeights:
+def bind(source: Source, expand_limit: int, *, exact: bool = False) -> ModelWeights:
     """The trunk's weights; expanded to float32 when that takes at most `expand_limit` bytes.
 
-    Raises CorruptFile for a tensor that is missing or whose shape is not the configuration's.
+    With `exact` nobody may round what packed weights are multiplied with. Raises CorruptFile for a tensor that is missing
+    or whose shape is not the configuration's.
     """
-    weights = Binder(source).model()
+    weights = Binder(source, exact).model()
     if 4 * weights.values <= expand_limit:
         weights = _mapped(weights, lambda leaf: leaf.float() if isinstance(leaf, Packed) else leaf)
     return weights
@@ -104,8 +105,9 @@ def bind(source: Source, expand_limit: int) -> ModelWeights:
 class Binder:
     """Walks the model from the top; each method binds one part of it and states the shapes it must have."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, exact: bool) -> None:
         self.source = source
+        self.exact = exact
         self.config = source.config
 
     def model(self) -> ModelWeights:
@@ -188,7 +190,7 @@ class Binder:
                 f"{name} in {self.source.path} has shape {list(packed.shape)}, "
                 f"but its configuration implies {list(shape)}.",
                 "The file does not belong to its configuration, or is damaged; get it again.")
-        return packed
+        return replace(packed, exact=True) if self.exact else packed
 
     def tensor(self, name: str, *shape: int) -> Tensor:
         """A small float tensor, float32."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 import numpy as np
 import pytest
@@ -63,7 +65,17 @@ def test_equals_the_reference(name: str, tokens: int, random: torch.Generator) -
             weight = made(name, rows, cols, random)
             x = torch.randn(tokens, cols, generator=random)
             met = x.double() if name in AS_THEY_ARE else rounded(x)
-            assert_close(linear(x, weight), ref.linear(met, weight).float())
+            few = rows * tokens < 10  # sums that happen to cancel have no others to make up for them
+            assert_close(linear(x, weight), ref.linear(met, weight).float(), 2e-5 if few else None)
+
+
+@pytest.mark.parametrize("name", BYTES)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_exact_weights_round_no_activation(name: str, tokens: int, random: torch.Generator) -> None:
+    for cols in columns(name):
+        weight = replace(made(name, 13, cols, random), exact=True)
+        x = torch.randn(tokens, cols, generator=random)
+        assert_close(linear(x, weight), ref.linear(x.double(), weight).float())
 
 
 @pytest.mark.parametrize("name", BYTES)

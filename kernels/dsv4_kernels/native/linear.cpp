@@ -17,7 +17,7 @@ DSV4_API void dsv4_set_grids(const uint64_t* iq2_xxs, const uint32_t* iq3_xxs) {
 // x [tokens, groups, cols], weight [groups * out, cols] -> y [tokens, groups * out].
 DSV4_API void dsv4_linear(const float* x, int64_t tokens, int64_t groups, const Weight* weight, float* y) {
     int64_t out = weight->rows / groups;
-    Activations a = rounded(x, tokens * groups, weight->cols, wants(weight->format), 0);
+    Activations a = rounded(x, tokens * groups, weight->cols, wants(*weight), 0);
     parallel(weight->rows, rows_per_piece(weight->rows, weight->cols, tokens), [&](int64_t begin, int64_t end) {
         while (begin < end) {  // a piece may reach into the next group
             int64_t group = begin / out, stop = std::min(end, (group + 1) * out), rows = stop - begin;

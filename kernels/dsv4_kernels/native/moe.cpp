@@ -109,8 +109,8 @@ DSV4_API void dsv4_routed_experts(const float* x, int64_t t, const float* weight
     scratch.hidden.resize(std::max(scratch.hidden.size(), size_t(t * k * gate.rows)));
     float* hidden = scratch.hidden.data();
 
-    Activations a = rounded(x, t, gate.cols, wants(gate.format), 0);
-    Activations a_up = same(wants(gate.format), wants(up.format)) ? a : rounded(x, t, up.cols, wants(up.format), 1);
+    Activations a = rounded(x, t, gate.cols, wants(gate), 0);
+    Activations a_up = same(wants(gate), wants(up)) ? a : rounded(x, t, up.cols, wants(up), 1);
     int64_t count = int64_t(visits.experts.size()), visitors = std::max<int64_t>(1, t * k / std::max<int64_t>(1, count));
     int64_t piece = std::min(rows_per_piece(gate.rows, gate.cols, visitors), int64_t(64));
     int64_t pieces = (gate.rows + piece - 1) / piece;
@@ -122,7 +122,7 @@ DSV4_API void dsv4_routed_experts(const float* x, int64_t t, const float* weight
         }
     });
 
-    Activations h = rounded(hidden, t * k, gate.rows, wants(down.format), 0);
+    Activations h = rounded(hidden, t * k, gate.rows, wants(down), 0);
     piece = std::min(rows_per_piece(down.rows, down.cols * std::min<int64_t>(count, 8), visitors), int64_t(64));
     parallel(down.rows, piece, [&](int64_t begin, int64_t end) {
         for (int64_t i = 0; i < t; ++i) std::fill(out + i * down.rows + begin, out + i * down.rows + end, 0.0f);

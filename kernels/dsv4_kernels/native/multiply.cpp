@@ -266,19 +266,67 @@ void multiply_floats(const Weight& w, int64_t begin, int64_t end, const Activati
     }
 }
 
-struct Kind {
-    Wants wants;
-    void (*multiply)(const Weight&, int64_t, int64_t, const Activations&, const Picked&, float*, int64_t);
+// ---- Byte formats whose products may not round the activations: each row is widened to floats ----
+
+template <class F>
+struct Floats {
+    float *row, *lows;  // [cols], [cols / LOW]
+
+    template <class S>
+    DSV4_INLINE void put(int64_t k, i8x32 w, S scale) {
+        float* to = row + 32 * k;
+        for (int i = 0; i < 32; ++i) {
+            int place = !F::SPLIT ? i : i < 16 ? 2 * i : 2 * i - 31;
+            to[place] = float(w[i]) * of_half(scale, i / 16);
+        }
+    }
+    template <class S>
+    DSV4_INLINE void put_unsigned(int64_t k, u8x32 w, S scale) { put(k, i8x32(w), scale); }
+    template <class S>
+    DSV4_INLINE void put_signed(int64_t k, u8x32 size, uint32_t minus, S scale) { put(k, negate(i8x32(size), minus), scale); }
+    DSV4_INLINE void low(int64_t i, f32x8 m) { store(lows + 8 * i, m); }
+
+    void finish(int64_t cols) {
+        if constexpr (F::LOW != 0)
+            for (int64_t c = 0; c < cols; ++c) row[c] -= lows[c / F::LOW];
+    }
+
+private:
+    static DSV4_INLINE float of_half(float scale, int) { return scale; }
+    static DSV4_INLINE float of_half(f32x8 scale, int half) { return scale[4 * half]; }
 };
 
 template <class F>
+void multiply_exactly(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
+                      int64_t y_stride) {
+    thread_local std::vector<float> memory;
+    memory.resize(std::max(memory.size(), size_t(2 * weight.cols)));
+    Floats<F> floats{memory.data(), memory.data() + weight.cols};
+    Weight one{reinterpret_cast<const uint8_t*>(floats.row), nullptr, 1, weight.cols, weight.cols * 4, 0, F32, 0, 0};
+    for (int64_t row = begin; row < end; ++row) {
+        F::visit(row_of(weight, row), weight.cols, floats);
+        floats.finish(weight.cols);
+        multiply_floats<F32Format>(one, 0, 1, x, picked, y + row - begin, y_stride);
+    }
+}
+
+using Multiply = void(const Weight&, int64_t, int64_t, const Activations&, const Picked&, float*, int64_t);
+
+struct Kind {
+    Wants wants;
+    Multiply *usual, *exact;
+};
+
+constexpr Wants AS_THEY_ARE = {false, false, false};
+
+template <class F>
 constexpr Kind bytes() {
-    return {{true, F::SPLIT, F::LOW != 0}, multiply_bytes<F>};
+    return {{true, F::SPLIT, F::LOW != 0}, multiply_bytes<F>, multiply_exactly<F>};
 }
 
 template <class F>
 constexpr Kind floats() {
-    return {{false, false, false}, multiply_floats<F>};
+    return {AS_THEY_ARE, multiply_floats<F>, multiply_floats<F>};
 }
 
 const Kind kinds[FORMATS] = {  // in the order of enum Format
@@ -288,11 +336,12 @@ const Kind kinds[FORMATS] = {  // in the order of enum Format
 
 }  // namespace
 
-Wants wants(int32_t format) { return kinds[format].wants; }
+Wants wants(const Weight& weight) { return weight.exact ? AS_THEY_ARE : kinds[weight.format].wants; }
 
 void multiply(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
               int64_t y_stride) {
-    kinds[weight.format].multiply(weight, begin, end, x, picked, y, y_stride);
+    const Kind& kind = kinds[weight.format];
+    (weight.exact ? kind.exact : kind.usual)(weight, begin, end, x, picked, y, y_stride);
 }
 
 int64_t rows_per_piece(int64_t rows, int64_t cols, int64_t tokens) {

@@ -15,7 +15,7 @@ constexpr int64_t TOKENS = 8;                // of a piece: the matrix passes by
 // a token's result is the same either way.
 inline void products(const float* x, int64_t tokens, const Weight& weight, float* y) {
     if (tokens == 0) return;
-    Activations a = rounded(x, tokens, weight.cols, wants(weight.format), 0);
+    Activations a = rounded(x, tokens, weight.cols, wants(weight), 0);
     if (tokens >= TOKENS * threads()) {
         int64_t piece = std::max(TOKENS, SHORT / std::max<int64_t>(1, weight.rows * weight.cols));
         parallel(tokens, piece, [&](int64_t begin, int64_t end) {

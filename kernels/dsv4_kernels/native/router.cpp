@@ -82,7 +82,7 @@ DSV4_API void dsv4_route_by_hash(const float* x, int64_t t, const Weight* gate, 
         for (int64_t i = 0; i < k && !*wrong; ++i) *wrong = outside(table[ids[token] * k + i], gate->rows);
     }
     if (*wrong || t == 0) return;
-    Activations a = rounded(x, t, gate->cols, wants(gate->format), 0);
+    Activations a = rounded(x, t, gate->cols, wants(*gate), 0);
     parallel(t, std::max<int64_t>(1, SHORT / std::max<int64_t>(1, k * gate->cols)), [&](int64_t begin, int64_t end) {
         for (int64_t token = begin; token < end; ++token) {
             float* mine = weights + token * k;

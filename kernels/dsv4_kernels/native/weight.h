@@ -16,6 +16,7 @@ struct Weight {
     int64_t scale_cols;    // scales in a row of them
     int32_t format;
     int32_t float_scales;  // they are float32, not E8M0
+    int32_t exact;         // its products may not round activations to bytes
 };
 
 // x [rows, cols] as float32 and, where a format multiplies bytes, as bytes: x ~ d * q, with one d for 32 values in a row.
@@ -37,14 +38,14 @@ struct Picked {
     int64_t operator[](int64_t i) const { return list ? list[i] : first + i * stride; }
 };
 
-// What a format wants of the activations.
+// What a weight wants of the activations.
 struct Wants {
     bool bytes;  // rounded to bytes; else float32 only
     bool split;  // the even values of each 32 first
     bool sums;
 };
 
-Wants wants(int32_t format);
+Wants wants(const Weight& weight);
 
 // Rounds rows of x [count, cols] and returns them; the memory belongs to the calling thread until its next call with the
 // same slot (0 or 1).

@@ -23,7 +23,7 @@ class Weight(ctypes.Structure):
 
     _fields_ = [("data", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("rows", ctypes.c_int64),
                 ("cols", ctypes.c_int64), ("row_bytes", ctypes.c_int64), ("scale_cols", ctypes.c_int64),
-                ("format", ctypes.c_int32), ("float_scales", ctypes.c_int32)]
+                ("format", ctypes.c_int32), ("float_scales", ctypes.c_int32), ("exact", ctypes.c_int32)]
 
 
 def native(weight: Packed | Tensor) -> Weight | None:
@@ -41,7 +41,7 @@ def native(weight: Packed | Tensor) -> Weight | None:
 def _of_tensor(weight: Tensor) -> Weight | None:
     if weight.dtype != torch.float32 or weight.dim() != 2 or weight.stride(1) != 1 or weight.device.type != "cpu":
         return None
-    return Weight(weight.data_ptr(), None, *weight.shape, weight.stride(0) * 4, 0, NUMBERS["f32"], 0)
+    return Weight(weight.data_ptr(), None, *weight.shape, weight.stride(0) * 4, 0, NUMBERS["f32"], 0, 0)
 
 
 def _of_packed(weight: Packed) -> Weight | None:
@@ -58,4 +58,4 @@ def _of_packed(weight: Packed) -> Weight | None:
 def _struct(weight: Packed, scales: int | None, scale_cols: int, float_scales: bool) -> Weight:
     row_bytes = weight.data.stride(0) * weight.data.element_size()
     return Weight(weight.data.data_ptr(), scales, *weight.shape, row_bytes, scale_cols, NUMBERS[weight.format],
-                  float_scales)
+                  float_scales, weight.exact)

@@ -17,6 +17,7 @@ SMALL_FLOATS = (torch.float8_e4m3fn, torch.float8_e8m0fnu)
 class Packed:
     """A weight of logical `shape` ([n] or [out, in]) whose bytes are views of a mapped file.
 
+    With `exact` whoever multiplies it may not round what it is multiplied with, as fast kernels otherwise do.
     `data` has a row for each of `out` (typed numbers, or uint8 blocks); `scale` is there for the official formats: FP8
     [ceil(out / 128), ceil(in / 128)], FP4 [out, in / 32], as E8M0 or F32.
     """
@@ -25,6 +26,7 @@ class Packed:
     shape: tuple[int, ...]
     data: Tensor
     scale: Tensor | None = None
+    exact: bool = False
 
     @property
     def nbytes(self) -> int:
