@@ -68,6 +68,8 @@ def backends(engine: Any) -> str:
     names: dict[str, list[str]] = {}
     for op in kernels.OPERATIONS:
         names.setdefault(kernels.pick(op, device).name, []).append(op)
+    if list(names) == ["cpu"]:
+        return f"C++ kernels, {kernels.cpu_about()['instructions']}"
     if len(names) == 1:
         return f"{next(iter(names))} on {device}"
     return ", ".join(f"{name} ({', '.join(ops)})" for name, ops in names.items()) + f" on {device}"
