@@ -78,6 +78,15 @@ def test_unseen_entries_may_hold_anything(random: torch.Generator) -> None:
         assert sparse_attention(q, recent, Entries(kv, visible, chosen), sink, WINDOW).isfinite().all()
 
 
+def test_nothing_behind_the_last_entry_is_read(random: torch.Generator) -> None:
+    q, recent, sink = drawn(2, 4, 32, 2, random)
+    kv = torch.randn(8, 32, generator=random)
+    kv[5:] = float("nan")
+    for chosen in (None, torch.tensor([[0, 6], [4, 7]])):
+        few = Entries(kv[:5], torch.tensor([8, 8]), chosen)
+        assert sparse_attention(q, recent, few, sink, WINDOW).isfinite().all()
+
+
 def test_great_scores_do_not_overflow(random: torch.Generator) -> None:
     q, recent, sink = drawn(4, 4, 32, 5, random)
     check(100 * q, 100 * recent, None, sink)

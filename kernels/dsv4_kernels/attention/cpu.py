@@ -9,7 +9,7 @@ from dsv4_kernels import alloc
 from dsv4_kernels.attention import Entries, ref
 from dsv4_kernels.native.library import I, P, load, signature
 
-signature("dsv4_sparse_attention", P, I, I, I, P, I, P, P, P, I, P, I, I, P)
+signature("dsv4_sparse_attention", P, I, I, I, P, I, P, I, P, P, I, P, I, I, P)
 
 
 def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int) -> Tensor:
@@ -21,13 +21,14 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
     q, recent, sink = q.contiguous(), recent.contiguous(), sink.contiguous()
     out = alloc.empty_like(q)
     kv = visible = chosen = None
-    k = 0
+    n = k = 0
     if entries is not None:
-        kv, visible = entries.kv.contiguous(), entries.visible.contiguous()
+        n, kv, visible = len(entries.kv), entries.kv.contiguous(), entries.visible.contiguous()
         if entries.chosen is not None:
             chosen, k = entries.chosen.contiguous(), entries.chosen.shape[1]
-    load().dsv4_sparse_attention(q.data_ptr(), t, heads, d, recent.data_ptr(), len(recent), _place(kv), _place(visible),
-                                 _place(chosen), k, sink.data_ptr(), window, recent.dtype == bfloat16, out.data_ptr())
+    load().dsv4_sparse_attention(q.data_ptr(), t, heads, d, recent.data_ptr(), len(recent), _place(kv), n,
+                                 _place(visible), _place(chosen), k, sink.data_ptr(), window, recent.dtype == bfloat16,
+                                 out.data_ptr())
     return out
 
 

@@ -19,6 +19,7 @@ struct Problem {
     const uint8_t* recent;  // [rows, d]
     int64_t rows;
     const uint8_t* entries;  // [n, d]
+    int64_t n;
     const int64_t *visible, *chosen;  // [t], [t, k]
     int64_t k;
     const float* sink;
@@ -40,13 +41,14 @@ void find_keys(const Problem& p, int64_t i, std::vector<const uint8_t*>& keys) {
     int64_t width = p.d * T::BYTES, end = p.rows - p.t + i + 1;
     for (int64_t row = std::max<int64_t>(0, end - p.window); row < end; ++row) keys.push_back(p.recent + row * width);
     if (!p.entries) return;
+    int64_t visible = std::min(p.visible[i], p.n);
     if (!p.chosen) {
-        for (int64_t row = 0; row < p.visible[i]; ++row) keys.push_back(p.entries + row * width);
+        for (int64_t row = 0; row < visible; ++row) keys.push_back(p.entries + row * width);
         return;
     }
     for (int64_t slot = 0; slot < p.k; ++slot) {
         int64_t row = p.chosen[i * p.k + slot];
-        if (row >= 0 && row < p.visible[i]) keys.push_back(p.entries + row * width);
+        if (row >= 0 && row < visible) keys.push_back(p.entries + row * width);
     }
 }
 
@@ -156,9 +158,9 @@ void attend_all(const Problem& p) {
 // q [t, heads, d], recent [rows, d], entries [n, d] or null, visible [t], chosen [t, k] or null, sink [heads] -> out like q.
 // Keys are bfloat16 or float32.
 DSV4_API void dsv4_sparse_attention(const float* q, int64_t t, int64_t heads, int64_t d, const uint8_t* recent, int64_t rows,
-                                    const uint8_t* entries, const int64_t* visible, const int64_t* chosen, int64_t k,
-                                    const float* sink, int64_t window, int64_t bf16, float* out) {
-    Problem p{q, t, heads, d, recent, rows, entries, visible, chosen, k, sink, window, out};
+                                    const uint8_t* entries, int64_t n, const int64_t* visible, const int64_t* chosen,
+                                    int64_t k, const float* sink, int64_t window, int64_t bf16, float* out) {
+    Problem p{q, t, heads, d, recent, rows, entries, n, visible, chosen, k, sink, window, out};
     if (bf16)
         attend_all<BF16Format>(p);
     else
