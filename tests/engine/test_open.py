@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from dsv4_kernels import backends
+from dsv4_kernels.native import library
+from dsv4_kernels.native.build import BuildError
 from dsv4_quant.errors import QuantError
 from dsv4cli import Engine
 from dsv4cli.engine import Sampling, evaluate, opening
@@ -142,8 +145,20 @@ def test_bad_options_are_refused(folder: Path, options: dict[str, object], said:
         Engine.open(folder, **options)  # type: ignore[arg-type]
 
 
-def test_threads(folder: Path) -> None:
+def test_threads_go_to_our_own_kernels(folder: Path) -> None:
     """A very small model gets one thread unless told otherwise: the others would only wait for each other."""
+    before = torch.get_num_threads()
+    try:
+        Engine.open(folder, threads=3)
+        assert (library.threads(), torch.get_num_threads()) == (3, 1)  # torch's own would be in the way
+        Engine.open(folder)
+        assert (library.threads(), torch.get_num_threads()) == (1, 1)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_go_to_torch_without_our_own_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "cpu_trouble", lambda: BuildError("There is no compiler."))
     before = torch.get_num_threads()
     try:
         Engine.open(folder, threads=3)
