@@ -38,26 +38,23 @@ def load(where: str, name: str | None = None) -> Any:
     return typer.main.get_command(found)
 
 
-class Command(TyperCommand):
+class _Light:
+    """What a command and a group of commands both import later."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return _as_typed(super().get_params(ctx))  # type: ignore[misc]  # Typer's, which comes behind this class
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        _import_help()
+        super().format_help(ctx, formatter)  # type: ignore[misc]
+
+
+class Command(_Light, TyperCommand):
     """Typer's command, importing less."""
 
-    def get_params(self, ctx: Any) -> list[Any]:
-        return _as_typed(super().get_params(ctx))
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        _import_help()
-        super().format_help(ctx, formatter)
-
-
-class Group(TyperGroup):
+class Group(_Light, TyperGroup):
     """Typer's group of commands, likewise."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        return _as_typed(super().get_params(ctx))
-
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        _import_help()
-        super().format_help(ctx, formatter)
 
 
 class _Later(TyperCommand):

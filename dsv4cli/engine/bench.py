@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ from torch import Tensor
 from dsv4_kernels import backends
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.files import open_source
-from dsv4_quant.formats import Packed
 from dsv4cli.engine import opening
 from dsv4cli.engine.engine import use_threads
 from dsv4cli.errors import UsageError
 from dsv4cli.model.state import Snapshot, State
 from dsv4cli.model.transformer import Model
+from dsv4cli.model.weights import leaves
 from dsv4cli.registry import catalog
 
 WARM_UP = 4  # tokens before the first measurement: pages are mapped, buffers made
@@ -141,8 +141,4 @@ def _cache_bytes(config: ModelConfig, depth: int, itemsize: int) -> int:
 
 
 def _nbytes(node: object) -> int:
-    if isinstance(node, (Packed, Tensor)):
-        return node.nbytes
-    if is_dataclass(node):
-        return sum(_nbytes(getattr(node, field.name)) for field in fields(node))
-    return sum(map(_nbytes, node)) if isinstance(node, (list, tuple)) else 0
+    return sum(leaf.nbytes for leaf in leaves(node))

@@ -82,12 +82,12 @@ class ModelWeights:
     @property
     def nbytes(self) -> int:
         """Bytes as held: packed weights count as stored."""
-        return sum(leaf.nbytes for leaf in _leaves(self))
+        return sum(leaf.nbytes for leaf in leaves(self))
 
     @property
     def values(self) -> int:
         """How many numbers these weights hold."""
-        return sum(torch.Size(leaf.shape).numel() for leaf in _leaves(self))
+        return sum(torch.Size(leaf.shape).numel() for leaf in leaves(self))
 
 
 def bind(source: Source, expand_limit: int, *, exact: bool = False) -> ModelWeights:
@@ -210,12 +210,13 @@ class Binder:
 Node = TypeVar("Node")
 
 
-def _leaves(node: object) -> Iterator[Packed | Tensor]:
+def leaves(node: object) -> Iterator[Packed | Tensor]:
+    """Every weight in a tree of dataclasses, lists and named tuples; what is none, like a bias that is not there, is passed."""
     if isinstance(node, (Packed, Tensor)):
         yield node
     else:
         for child in _children(node):
-            yield from _leaves(child)
+            yield from leaves(child)
 
 
 def _children(node: object) -> Iterator[object]:

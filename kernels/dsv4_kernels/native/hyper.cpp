@@ -13,8 +13,6 @@ namespace {
 
 constexpr int64_t GRAIN = int64_t(1) << 15;  // values that one thread adds up sooner than two
 
-int64_t tokens_per_piece(int64_t values) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, values)); }
-
 void sigmoid(float* x, int64_t n) {
     f32x8 one = splat(1.0f);
     by_eights(n, [&](int64_t i, auto part) { store(x + i, one / (one + exp(-load(x + i, part))), part); });
@@ -108,7 +106,7 @@ float norm_factor(const float* streams, int64_t n, float eps) {
 const float* mixtures(const float* streams, int64_t t, int64_t cols, const float* fn, int64_t m) {
     thread_local std::vector<float> found;
     found.resize(size_t(t * m));
-    Weight weight = {reinterpret_cast<const uint8_t*>(fn), nullptr, m, cols, cols * int64_t(sizeof(float)), 0, F32, 0};
+    Weight weight = {reinterpret_cast<const uint8_t*>(fn), nullptr, m, cols, cols * int64_t(sizeof(float)), 0, F32, 0, 0};
     products(streams, t, weight, found.data());
     return found.data();
 }
@@ -151,7 +149,7 @@ DSV4_API void dsv4_mix_streams(const float* streams, int64_t t, int64_t s, int64
     int64_t m = (2 + s) * s;
     const float* mixes = mixtures(streams, t, s * d, fn, m);
     Constants constants = {base, scale, norm_eps, eps, rounds};
-    parallel(t, tokens_per_piece(s * d), [&](int64_t begin, int64_t end) {
+    parallel(t, items_for(GRAIN, s * d), [&](int64_t begin, int64_t end) {
         std::vector<float> scratch(size_t(2 * s));
         for (int64_t i = begin; i < end; ++i)
             mix_token(mixes + i * m, streams + i * s * d, s, d, constants, scratch.data(), x + i * d, post + i * s,
@@ -163,7 +161,7 @@ DSV4_API void dsv4_mix_streams(const float* streams, int64_t t, int64_t s, int64
 DSV4_API void dsv4_spread_streams(const float* out, const float* streams, const float* post, const float* across, int64_t t,
                                   int64_t s, int64_t d, float* to) {
     auto one = s == 4 ? spread<4> : spread<0>;
-    parallel(t, tokens_per_piece(s * d), [&](int64_t begin, int64_t end) {
+    parallel(t, items_for(GRAIN, s * d), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
             one(out + i * d, streams + i * s * d, post + i * s, across + i * s * s, s, d, to + i * s * d);
     });
@@ -173,7 +171,7 @@ DSV4_API void dsv4_spread_streams(const float* out, const float* streams, const 
 DSV4_API void dsv4_merge_streams(const float* streams, int64_t t, int64_t s, int64_t d, const float* fn, const float* base,
                                  const float* scale, float norm_eps, float eps, float* x) {
     const float* mixes = mixtures(streams, t, s * d, fn, s);
-    parallel(t, tokens_per_piece(s * d), [&](int64_t begin, int64_t end) {
+    parallel(t, items_for(GRAIN, s * d), [&](int64_t begin, int64_t end) {
         std::vector<float> shares(static_cast<size_t>(s));
         for (int64_t token = begin; token < end; ++token) {
             const float* here = streams + token * s * d;

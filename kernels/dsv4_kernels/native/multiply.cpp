@@ -130,8 +130,7 @@ private:
                 const Scale* from = scales + (first + r) * padded;
                 float* to = factors + (t * TILE + first + r) * padded;
                 for (int64_t k = 0; k < whole; k += 8) store(to + k, load<f32x8>(from + k) * load<f32x8>(a[t].d + k));
-                if constexpr (!F::HALVES)
-                    for (int64_t k = whole; k < blocks; ++k) to[k] = from[k] * a[t].d[k];
+                for (int64_t k = whole; k < blocks; ++k) to[k] = from[k] * a[t].d[k];
             }
     }
 

@@ -12,13 +12,11 @@ namespace {
 
 constexpr int64_t GRAIN = int64_t(1) << 15;  // values that one thread goes through sooner than two
 
-int64_t rows_per_piece(int64_t d) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, d)); }
-
 }  // namespace
 
 // x [rows, d], weight [d] or null -> out [rows, d].
 DSV4_API void dsv4_rms_norm(const float* x, const float* weight, int64_t rows, int64_t d, float eps, float* out) {
-    parallel(rows, rows_per_piece(d), [&](int64_t begin, int64_t end) {
+    parallel(rows, items_for(GRAIN, d), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const float* from = x + row * d;
             float* to = out + row * d;
@@ -39,7 +37,7 @@ DSV4_API void dsv4_rotate(const float* x, const float* turns, int64_t t, int64_t
                           float* out) {
     int64_t still = d - 2 * pairs;
     float sign = inverse ? -1.0f : 1.0f;
-    parallel(t * heads, rows_per_piece(d), [&](int64_t begin, int64_t end) {
+    parallel(t * heads, items_for(GRAIN, d), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const float *from = x + row * d, *turn = turns + row / heads * 2 * pairs;
             float* to = out + row * d;

@@ -1,8 +1,8 @@
 // Threads of our own: one per physical core, the caller being the first. See pool.cpp for how they wait.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
-#include <functional>
 #include <type_traits>
 
 namespace dsv4 {
@@ -25,6 +25,9 @@ int threads();
 int thread_index();
 
 void run_parallel(int64_t count, int64_t grain, const Body& body);
+
+// How many items of `each` values a thread takes at once so that it has `work` values to go through; at least one.
+inline int64_t items_for(int64_t work, int64_t each) { return std::max<int64_t>(1, work / std::max<int64_t>(1, each)); }
 
 // body(begin, end) over [0, count) in pieces of at most `grain`, taken by whichever thread is free. Returns when all are
 // done. A call from within a body, or while another caller has the threads, runs on the calling thread alone.

@@ -17,7 +17,7 @@ inline void products(const float* x, int64_t tokens, const Weight& weight, float
     if (tokens == 0) return;
     Activations a = rounded(x, tokens, weight.cols, wants(weight), 0);
     if (tokens >= TOKENS * threads()) {
-        int64_t piece = std::max(TOKENS, SHORT / std::max<int64_t>(1, weight.rows * weight.cols));
+        int64_t piece = std::max(TOKENS, items_for(SHORT, weight.rows * weight.cols));
         parallel(tokens, piece, [&](int64_t begin, int64_t end) {
             for (; begin < end; begin += TOKENS)
                 multiply(weight, 0, weight.rows, a, Picked{std::min(TOKENS, end - begin), begin}, y + begin * weight.rows,
@@ -25,7 +25,7 @@ inline void products(const float* x, int64_t tokens, const Weight& weight, float
         });
         return;
     }
-    int64_t piece = std::max<int64_t>(1, SHORT / std::max<int64_t>(1, weight.cols * tokens));
+    int64_t piece = items_for(SHORT, weight.cols * tokens);
     parallel(weight.rows, piece, [&](int64_t begin, int64_t end) {
         multiply(weight, begin, end, a, Picked{tokens}, y + begin, weight.rows);
     });

@@ -14,8 +14,6 @@ namespace {
 constexpr int64_t GRAIN = int64_t(1) << 14;  // values that one thread rounds sooner than two
 constexpr uint32_t SIGN = 0x80000000u, EXPONENT = 0x7f800000u, MANTISSA = 0x007fffffu;
 
-int64_t rows_per_piece(int64_t d) { return std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, d)); }
-
 // E4M3: eight codes to a power of two, from 2^-6 on; below they lie as far apart as there.
 struct FP8 {
     static constexpr float least = 1e-4f, inverse = float(1 / 448.0);
@@ -71,7 +69,7 @@ void round_row(const float* x, int64_t n, int64_t block, float* out) {
 
 template <class Code>
 void round_all(const float* x, int64_t blocks, int64_t block, float* out) {
-    parallel(blocks, rows_per_piece(block), [&](int64_t begin, int64_t end) {
+    parallel(blocks, items_for(GRAIN, block), [&](int64_t begin, int64_t end) {
         round_row<Code>(x + begin * block, (end - begin) * block, block, out + begin * block);
     });
 }
@@ -123,7 +121,7 @@ DSV4_API void dsv4_round_fp4(const float* x, int64_t blocks, int64_t block, floa
 
 // x [rows, d] -> out [rows, d]: all but the last `rotated` values to FP8 in blocks, those to bf16.
 DSV4_API void dsv4_round_kv(const float* x, int64_t rows, int64_t d, int64_t rotated, int64_t block, float* out) {
-    parallel(rows, rows_per_piece(d), [&](int64_t begin, int64_t end) {
+    parallel(rows, items_for(GRAIN, d), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const float* from = x + row * d;
             float *to = out + row * d, *turned = to + d - rotated;
@@ -137,7 +135,7 @@ DSV4_API void dsv4_round_kv(const float* x, int64_t rows, int64_t d, int64_t rot
 
 // x [rows, n], n a power of two -> out [rows, n]: turned, and with a block also rounded to FP4.
 DSV4_API void dsv4_hadamard(const float* x, int64_t rows, int64_t n, int64_t block, float* out) {
-    parallel(rows, rows_per_piece(n), [&](int64_t begin, int64_t end) {
+    parallel(rows, items_for(GRAIN, n), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             turn_row(x + row * n, n, out + row * n);
             if (block) round_row<FP4>(out + row * n, n, block, out + row * n);

@@ -58,7 +58,7 @@ DSV4_API void dsv4_route_learned(const float* x, int64_t t, const Weight* gate, 
     logits.resize(size_t(t * n));
     float* all = logits.data();
     products(x, t, *gate, all);
-    parallel(t, std::max<int64_t>(1, SHORT / (16 * n)), [&](int64_t begin, int64_t end) {
+    parallel(t, items_for(SHORT, 16 * n), [&](int64_t begin, int64_t end) {
         std::vector<float> keys(static_cast<size_t>(k));
         for (int64_t token = begin; token < end; ++token) {
             float *scores = all + token * n, *mine = weights + token * k;
@@ -83,7 +83,7 @@ DSV4_API void dsv4_route_by_hash(const float* x, int64_t t, const Weight* gate, 
     }
     if (*wrong || t == 0) return;
     Activations a = rounded(x, t, gate->cols, wants(*gate), 0);
-    parallel(t, std::max<int64_t>(1, SHORT / std::max<int64_t>(1, k * gate->cols)), [&](int64_t begin, int64_t end) {
+    parallel(t, items_for(SHORT, k * gate->cols), [&](int64_t begin, int64_t end) {
         for (int64_t token = begin; token < end; ++token) {
             float* mine = weights + token * k;
             int64_t* chosen = experts + token * k;
