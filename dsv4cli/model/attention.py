@@ -12,24 +12,23 @@ from dsv4_quant.config import ModelConfig
 from dsv4cli.model.compressor import Compressor
 from dsv4cli.model.numerics import Numerics
 from dsv4cli.model.state import LayerState
-from dsv4cli.model.step import Rope, Step
+from dsv4cli.model.step import Step
 from dsv4cli.model.weights import AttentionWeights, IndexerWeights
 
 
 class Attention:
     """Window attention; with compression also over entries; with an indexer over those that it picks."""
 
-    def __init__(self, weights: AttentionWeights, config: ModelConfig, ratio: int, rope: Rope,
-                 numerics: Numerics) -> None:
+    def __init__(self, weights: AttentionWeights, config: ModelConfig, ratio: int, numerics: Numerics) -> None:
         self.weights = weights
         self.config = config
         self.ratio = ratio
         self.numerics = numerics
         self.compressor = self.indexer = None
         if weights.compressor is not None:
-            self.compressor = Compressor(weights.compressor, ratio, rope.compress, config.rms_norm_eps, self._kept)
+            self.compressor = Compressor(weights.compressor, ratio, config.rms_norm_eps, self._kept)
         if weights.indexer is not None:
-            self.indexer = Indexer(weights.indexer, config, ratio, rope, numerics)
+            self.indexer = Indexer(weights.indexer, config, ratio, numerics)
 
     def __call__(self, x: Tensor, step: Step, state: LayerState) -> Tensor:
         """x [t, hidden], normed -> [t, hidden]; the tokens' keys join the state."""
@@ -52,8 +51,8 @@ class Attention:
         """What of the compressed past each token sees."""
         if self.compressor is None or state.entries is None:
             return None
-        self.compressor(x, step.start, state.entries)
-        visible = (step.positions + 1) // self.ratio
+        self.compressor(x, step, state.entries)
+        visible = step.groups(self.ratio).visible
         chosen = self.indexer(x, latent, visible, step, state) if self.indexer is not None else None
         return Entries(state.entries.store.filled, visible, chosen)
 
@@ -64,21 +63,19 @@ class Attention:
 class Indexer:
     """Small queries over small keys of the same groups: which entries are worth the attention's while."""
 
-    def __init__(self, weights: IndexerWeights, config: ModelConfig, ratio: int, rope: Rope,
-                 numerics: Numerics) -> None:
+    def __init__(self, weights: IndexerWeights, config: ModelConfig, ratio: int, numerics: Numerics) -> None:
         self.weights = weights
         self.heads, self.width, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
         self.numerics = numerics
-        self.compressor = Compressor(weights.compressor, ratio, rope.compress, config.rms_norm_eps, numerics.index)
+        self.compressor = Compressor(weights.compressor, ratio, config.rms_norm_eps, numerics.index)
 
     def __call__(self, x: Tensor, latent: Tensor, visible: Tensor, step: Step, state: LayerState) -> Tensor | None:
         """Indices int64 [t, topk] of entries (-1: none), or None while there are no more than topk."""
         assert state.index is not None, "a layer with an indexer keeps index keys"
-        self.compressor(x, step.start, state.index)
+        self.compressor(x, step, state.index)
         keys = state.index.store.filled
         if len(keys) <= self.topk:
             return None
         q = linear(latent, self.weights.wq_b).unflatten(-1, (self.heads, self.width))
         q = self.numerics.index(rotate(q, step.compress_turns))
-        weights = linear(x, self.weights.weights_proj) * (self.width * self.heads) ** -0.5
-        return top_indices(q, weights, keys, visible, self.topk)
+        return top_indices(q, linear(x, self.weights.weights_proj), keys, visible, self.topk)

@@ -11,18 +11,18 @@ from dsv4cli.model.attention import Attention
 from dsv4cli.model.moe import Moe
 from dsv4cli.model.numerics import Numerics
 from dsv4cli.model.state import LayerState
-from dsv4cli.model.step import Rope, Step
+from dsv4cli.model.step import Step
 from dsv4cli.model.weights import LayerWeights
 
 
 class Block:
     """Layer number `layer` of the trunk."""
 
-    def __init__(self, weights: LayerWeights, config: ModelConfig, layer: int, rope: Rope, numerics: Numerics) -> None:
+    def __init__(self, weights: LayerWeights, config: ModelConfig, layer: int, numerics: Numerics) -> None:
         self.weights = weights
         self.eps = config.rms_norm_eps
         self.hyper = HyperSettings(config.rms_norm_eps, config.hc_eps, config.hc_sinkhorn_iters)
-        self.attention = Attention(weights.attention, config, config.ratio(layer), rope, numerics)
+        self.attention = Attention(weights.attention, config, config.ratio(layer), numerics)
         self.moe = Moe(weights.moe, config)
 
     def __call__(self, streams: Tensor, step: Step, state: LayerState) -> Tensor:

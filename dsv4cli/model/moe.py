@@ -22,8 +22,8 @@ class Moe:
     def __call__(self, x: Tensor, ids: Tensor) -> Tensor:
         """x [t, hidden], normed; ids int64 [t] -> [t, hidden]."""
         shares, chosen = self._route(x, ids)
-        routed = routed_experts(x, shares, chosen, self.weights.experts, self.limit)
-        return routed.add_(shared_expert(x, self.weights.shared, self.limit))
+        out = shared_expert(x, self.weights.shared, self.limit)
+        return routed_experts(x, shares, chosen, self.weights.experts, self.limit, onto=out)
 
     def _route(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         w = self.weights

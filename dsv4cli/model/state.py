@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import alloc
+from dsv4_kernels.cache import keep
 from dsv4_kernels.compressor import OVERLAPPING, Pending
 from dsv4_quant.config import ModelConfig
 from dsv4cli.errors import CorruptError, UsageError
@@ -33,7 +34,8 @@ class Ring:
         before, then their own, in order (for t = 1 in the ring's order, which a single query does not mind)."""
         window, t = len(self.rows), len(kv)
         if t == 1:
-            self.rows[position % window] = kv[0]
+            slot = position % window
+            keep(kv, self.rows[slot:slot + 1])
             return self.rows[:min(position + 1, window)]
         slots = torch.arange(max(0, position - window + 1), position + t) % window
         recent = torch.cat([self.rows[slots[:-t]], kv.to(self.rows.dtype)])
@@ -50,7 +52,7 @@ class Store:
         self.rows = alloc.empty((0, width), dtype)
 
     def append(self, entries: Tensor) -> None:
-        self.rows[self.count:self.count + len(entries)] = entries
+        keep(entries, self.rows[self.count:self.count + len(entries)])
         self.count += len(entries)
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,17 +26,37 @@ class Rope:
         return cls(frequencies(dims, config.rope_theta), frequencies(dims, config.compress_rope_theta, yarn))
 
 
+class Groups(NamedTuple):
+    """Groups of `ratio` tokens, each of which becomes an entry: `visible` int64 [t], how many are full for each token;
+    turns complex64 [groups, pairs] of those that the step completes, which stand where their first tokens do."""
+
+    visible: Tensor
+    turns: Tensor
+
+
 @dataclass(frozen=True)
 class Step:
-    """Tokens ids int64 [t] at positions start .. start + t; turns complex64 [t, pairs] for both kinds of layer."""
+    """Tokens ids int64 [t] at positions start .. start + t; turns complex64 [t, pairs] for both kinds of layer.
+
+    Whatever depends on positions alone is made once, here; it lives as long as the step.
+    """
 
     ids: Tensor
     start: int
     positions: Tensor
     window_turns: Tensor
     compress_turns: Tensor
+    _rope: Rope
+    _groups: dict[int, Groups] = field(default_factory=dict)
 
     @classmethod
     def at(cls, ids: Tensor, start: int, rope: Rope) -> Step:
         positions = torch.arange(start, start + len(ids))
-        return cls(ids, start, positions, turns(positions, rope.window), turns(positions, rope.compress))
+        return cls(ids, start, positions, turns(positions, rope.window), turns(positions, rope.compress), rope)
+
+    def groups(self, ratio: int) -> Groups:
+        """The groups of all layers that compress `ratio` tokens into one."""
+        if ratio not in self._groups:
+            firsts = torch.arange(self.start // ratio, (self.start + len(self.ids)) // ratio) * ratio
+            self._groups[ratio] = Groups((self.positions + 1) // ratio, turns(firsts, self._rope.compress))
+        return self._groups[ratio]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dsv4_kernels import backends
 from dsv4_kernels.hyper import HyperSettings, merge_streams
 from dsv4_kernels.linear import embed, linear
 from dsv4_kernels.norm_rope import rms_norm
@@ -34,7 +36,7 @@ class Model:
         self.config = config
         self.numerics = numerics
         self.rope = Rope.of(config)
-        self.blocks = [Block(layer, config, number, self.rope, numerics) for number, layer in enumerate(weights.layers)]
+        self.blocks = [Block(layer, config, number, numerics) for number, layer in enumerate(weights.layers)]
 
     @classmethod
     def bind(cls, source: Source, *, numerics: str = "official", expand_limit: int = EXPAND_LIMIT) -> Model:
@@ -72,21 +74,23 @@ class Model:
     def _rows(self, pieces: Sequence[Tensor], state: State, logits: Logits) -> Iterator[Tensor]:
         """Moves the state over the pieces; yields the logits that were asked for and computes no others."""
         for number, piece in enumerate(pieces, 1):
-            streams = self._trunk(piece, state)
-            if logits == "all":
-                yield self._head(streams)
-            elif logits == "last" and number == len(pieces):
-                yield self._head(streams[-1:])
+            wanted = len(piece) if logits == "all" else int(logits == "last" and number == len(pieces))
+            step = Step.at(piece, state.position, self.rope)
+            streams = embed(piece, self.weights.embed).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+            state.torn = True
+            # All of a token's kernels are on their way before the first ones are done. Prompts keep them busy enough.
+            with backends.queued() if len(piece) == 1 else nullcontext():
+                last = self._trunk(streams, step, state)
+                rows = self._head(last[-wanted:]) if wanted else None
+            state.position += len(piece)
+            state.torn = False
+            if rows is not None:
+                yield rows
 
-    def _trunk(self, ids: Tensor, state: State) -> Tensor:
-        """ids [t] -> streams [t, hc_mult, hidden] after the last layer."""
-        step = Step.at(ids, state.position, self.rope)
-        streams = embed(ids, self.weights.embed).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
-        state.torn = True
+    def _trunk(self, streams: Tensor, step: Step, state: State) -> Tensor:
+        """streams [t, hc_mult, hidden] -> the same after the last layer."""
         for block, layer in zip(self.blocks, state.layers, strict=True):
             streams = block(streams, step, layer)
-        state.position += len(ids)
-        state.torn = False
         return streams
 
     def _head(self, streams: Tensor) -> Tensor:

@@ -7,16 +7,17 @@ which `dsv4 doctor` prints.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
-from dsv4_kernels.native import library
+from dsv4_kernels.native import library, queue
 from dsv4_quant.errors import QuantError
 
-OPERATIONS = ("linear", "norm_rope", "rounding", "hyper", "compressor", "indexer", "attention", "router", "moe")
+OPERATIONS = ("linear", "norm_rope", "rounding", "cache", "hyper", "compressor", "indexer", "attention", "router", "moe")
 NATIVE = {"cpu": "cpu", "cuda": "gpu"}  # device type -> the file that is written for it
 BACKENDS = ("ref", *NATIVE.values())
 
@@ -90,6 +91,12 @@ def read_bandwidth() -> float:
 def use_threads(count: int | None) -> int:
     """Lets the CPU kernels use `count` threads, or one per physical core for None; returns how many."""
     return library.set_threads(count)
+
+
+def queued(*, lazily: bool = False) -> AbstractContextManager[None]:
+    """Queues the CPU kernels called within, which then compute while Python goes on; see native.queue for what that asks of
+    the caller. All are computed when it ends."""
+    return queue.queued(lazily=lazily)
 
 
 def _trouble(name: str) -> QuantError | None:

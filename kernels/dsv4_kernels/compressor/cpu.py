@@ -7,14 +7,15 @@ from torch import Tensor, float32
 from dsv4_kernels import alloc
 from dsv4_kernels.compressor import Pending, ref
 from dsv4_kernels.native.library import I, P, load, signature
+from dsv4_kernels.native.queue import by_torch, dense
 
 signature("dsv4_compress", P, P, P, P, P, I, I, I, I, I, P)
 
 
 def compress(kv: Tensor, scores: Tensor, ape: Tensor, pending: Pending, position: int) -> Tensor:
     if not _fits(kv, scores, ape, pending):
-        return ref.compress(kv, scores, ape, pending, position)
-    kv, scores, ape = kv.contiguous(), scores.contiguous(), ape.contiguous()
+        return by_torch(ref.compress, kv, scores, ape, pending, position)
+    kv, scores, ape = dense(kv), dense(scores), dense(ape)
     (t, width), ratio = kv.shape, ape.shape[0]
     halves = pending.kv.shape[0] // ratio
     d = width // halves

@@ -7,6 +7,7 @@ from torch import Tensor, float32
 from dsv4_kernels import alloc
 from dsv4_kernels.hyper import HyperSettings, Mixer, ref
 from dsv4_kernels.native.library import F, I, P, load, signature
+from dsv4_kernels.native.queue import by_torch, dense
 
 signature("dsv4_mix_streams", P, I, I, I, P, P, P, F, F, I, P, P, P)
 signature("dsv4_spread_streams", P, P, P, P, I, I, I, P)
@@ -15,9 +16,9 @@ signature("dsv4_merge_streams", P, I, I, I, P, P, P, F, F, P)
 
 def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> tuple[Tensor, Tensor, Tensor]:
     if not _fits(streams, *mixer):
-        return ref.mix_streams(streams, mixer, settings)
+        return by_torch(ref.mix_streams, streams, mixer, settings)
     t, s, d = streams.shape
-    streams, (fn, base, scale) = streams.contiguous(), _contiguous(mixer)
+    streams, (fn, base, scale) = dense(streams), _contiguous(mixer)
     x, post, across = alloc.empty((t, d), float32), alloc.empty((t, s), float32), alloc.empty((t, s, s), float32)
     load().dsv4_mix_streams(streams.data_ptr(), t, s, d, fn.data_ptr(), base.data_ptr(), scale.data_ptr(), *settings,
                             x.data_ptr(), post.data_ptr(), across.data_ptr())
@@ -26,9 +27,9 @@ def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> tuple
 
 def spread_streams(out: Tensor, streams: Tensor, post: Tensor, across: Tensor) -> Tensor:
     if not _fits(out, streams, post, across):
-        return ref.spread_streams(out, streams, post, across)
+        return by_torch(ref.spread_streams, out, streams, post, across)
     t, s, d = streams.shape
-    out, streams, post, across = out.contiguous(), streams.contiguous(), post.contiguous(), across.contiguous()
+    out, streams, post, across = dense(out), dense(streams), dense(post), dense(across)
     spread = alloc.empty((t, s, d), float32)
     load().dsv4_spread_streams(out.data_ptr(), streams.data_ptr(), post.data_ptr(), across.data_ptr(), t, s, d,
                                spread.data_ptr())
@@ -37,9 +38,9 @@ def spread_streams(out: Tensor, streams: Tensor, post: Tensor, across: Tensor) -
 
 def merge_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> Tensor:
     if not _fits(streams, *mixer):
-        return ref.merge_streams(streams, mixer, settings)
+        return by_torch(ref.merge_streams, streams, mixer, settings)
     t, s, d = streams.shape
-    streams, (fn, base, scale) = streams.contiguous(), _contiguous(mixer)
+    streams, (fn, base, scale) = dense(streams), _contiguous(mixer)
     merged = alloc.empty((t, d), float32)
     load().dsv4_merge_streams(streams.data_ptr(), t, s, d, fn.data_ptr(), base.data_ptr(), scale.data_ptr(),
                               settings.norm_eps, settings.eps, merged.data_ptr())
@@ -51,4 +52,4 @@ def _fits(first: Tensor, second: Tensor, third: Tensor, fourth: Tensor) -> bool:
 
 
 def _contiguous(mixer: Mixer) -> tuple[Tensor, Tensor, Tensor]:
-    return mixer.fn.contiguous(), mixer.base.contiguous(), mixer.scale.contiguous()
+    return dense(mixer.fn), dense(mixer.base), dense(mixer.scale)

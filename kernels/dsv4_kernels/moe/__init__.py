@@ -24,9 +24,9 @@ class Experts(list[Expert]):
     """The experts of one layer. A list that a backend may keep its own view of, so it must not change after its first use."""
 
 
-def routed_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Expert], limit: float, *,
-                   backend: str | None = None) -> Tensor:
-    """Weighted sum of the chosen experts; no other expert is touched.
+def routed_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Expert], limit: float,
+                   onto: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """Weighted sum of the chosen experts, added in place to `onto` if it is given; no other expert is touched.
 
     x [t, d], weights [t, k], chosen int64 [t, k] (indices into `experts`) -> [t, d]. The weight multiplies before w2.
     Sums run over experts in their order, in x's dtype.
@@ -34,7 +34,9 @@ def routed_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence
     demand_shape("expert weights", weights, x.shape[0], None)
     demand_shape("chosen experts", chosen, *weights.shape)
     _demand_fit(x, experts[0])
-    return pick("moe", x.device.type, backend).module.routed_experts(x, weights, chosen, experts, limit)
+    if onto is not None:
+        demand_shape("onto", onto, *x.shape)
+    return pick("moe", x.device.type, backend).module.routed_experts(x, weights, chosen, experts, limit, onto)
 
 
 def shared_expert(x: Tensor, expert: Expert, limit: float, *, backend: str | None = None) -> Tensor:

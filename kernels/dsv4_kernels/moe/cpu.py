@@ -15,20 +15,22 @@ from torch import Tensor, float32, inference_mode, int64, ones, zeros
 from dsv4_kernels import alloc
 from dsv4_kernels.moe import Expert, Experts, ref
 from dsv4_kernels.native.library import F, I, P, load, signature
+from dsv4_kernels.native.queue import by_torch, dense
 from dsv4_kernels.native.weights import Weight, native
 
-signature("dsv4_routed_experts", P, I, P, P, I, P, I, F, P)
+signature("dsv4_add_experts", P, I, P, P, I, P, I, F, P)
 _SLOT = "_native_bank"  # where Experts keep the array of their structs
 
 
-def routed_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Expert], limit: float) -> Tensor:
+def routed_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Expert], limit: float,
+                   onto: Tensor | None = None) -> Tensor:
     bank = _bank(experts) if x.dtype == weights.dtype == float32 and x.numel() and weights.numel() else None
-    if bank is None:
-        return ref.routed_experts(x, weights, chosen, experts, limit)
-    x, weights, chosen = x.contiguous(), weights.contiguous(), chosen.contiguous()
-    out = alloc.empty_like(x)
-    load().dsv4_routed_experts(x.data_ptr(), x.shape[0], weights.data_ptr(), chosen.data_ptr(), chosen.shape[1], bank,
-                               len(experts), limit, out.data_ptr())
+    if bank is None or (onto is not None and onto.dtype != float32):
+        return by_torch(ref.routed_experts, x, weights, chosen, experts, limit, onto)
+    x, weights, chosen = dense(x), dense(weights), dense(chosen)
+    out = alloc.full(tuple(x.shape), 0.0, float32) if onto is None else onto
+    load().dsv4_add_experts(x.data_ptr(), x.shape[0], weights.data_ptr(), chosen.data_ptr(), chosen.shape[1], bank,
+                            len(experts), limit, out.data_ptr())
     return out
 
 
@@ -46,7 +48,7 @@ def _everybody(tokens: int) -> tuple[Tensor, Tensor]:
 def _bank(experts: Sequence[Expert]) -> ctypes.Array[Weight] | None:
     """Gate, up and down of each expert in turn; None when they cannot be computed together. Kept for Experts."""
     if not isinstance(experts, Experts):
-        return _gathered(experts)
+        return alloc.held(_gathered(experts))
     known = vars(experts)
     if _SLOT not in known:
         known[_SLOT] = _gathered(experts)

@@ -12,8 +12,9 @@ from dsv4_kernels.linear.ref import linear
 from dsv4_kernels.moe import Expert
 
 
-def routed_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Expert], limit: float) -> Tensor:
-    out = alloc.full(tuple(x.shape), 0.0, x.dtype, x.device)
+def routed_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Expert], limit: float,
+                   onto: Tensor | None = None) -> Tensor:
+    out = alloc.full(tuple(x.shape), 0.0, x.dtype, x.device) if onto is None else onto
     for number, tokens, slots in by_expert(chosen):
         hidden = _swiglu(x[tokens], experts[number], limit) * weights[tokens, slots, None]
         out.index_add_(0, tokens, linear(hidden, experts[number].w2))

@@ -6,6 +6,7 @@
 #include "api.h"
 #include "floats.h"
 #include "pool.h"
+#include "queue.h"
 
 using namespace dsv4;
 
@@ -161,8 +162,5 @@ DSV4_API void dsv4_sparse_attention(const float* q, int64_t t, int64_t heads, in
                                     const uint8_t* entries, int64_t n, const int64_t* visible, const int64_t* chosen,
                                     int64_t k, const float* sink, int64_t window, int64_t bf16, float* out) {
     Problem p{q, t, heads, d, recent, rows, entries, n, visible, chosen, k, sink, window, out};
-    if (bf16)
-        attend_all<BF16Format>(p);
-    else
-        attend_all<F32Format>(p);
+    submit([=] { bf16 ? attend_all<BF16Format>(p) : attend_all<F32Format>(p); });
 }

@@ -4,6 +4,7 @@
 
 #include "api.h"
 #include "pool.h"
+#include "queue.h"
 #include "rows.h"
 
 using namespace dsv4;
@@ -66,12 +67,8 @@ struct Groups {
     }
 };
 
-}  // namespace
-
-// kv, scores [t, width], ape [ratio, width], pending_kv and pending_scores [slots, width], width = halves * d and
-// slots = halves * ratio -> entries [groups, d]; the pending tensors are brought up to date.
-DSV4_API void dsv4_compress(const float* kv, const float* scores, const float* ape, float* pending_kv, float* pending_scores,
-                            int64_t t, int64_t ratio, int64_t d, int64_t halves, int64_t position, float* entries) {
+void compress(const float* kv, const float* scores, const float* ape, float* pending_kv, float* pending_scores,
+              int64_t t, int64_t ratio, int64_t d, int64_t halves, int64_t position, float* entries) {
     Groups groups = {kv, scores, ape, pending_kv, pending_scores, ratio, d, halves};
     int64_t first = position % ratio, full = (first + t) / ratio;
     int64_t channels = GRAIN / std::max<int64_t>(1, halves * (t + EXP * full * ratio));
@@ -87,4 +84,13 @@ DSV4_API void dsv4_compress(const float* kv, const float* scores, const float* a
             place = 0;
         }
     });
+}
+
+}  // namespace
+
+// kv, scores [t, width], ape [ratio, width], pending_kv and pending_scores [slots, width], width = halves * d and
+// slots = halves * ratio -> entries [groups, d]; the pending tensors are brought up to date.
+DSV4_API void dsv4_compress(const float* kv, const float* scores, const float* ape, float* pending_kv, float* pending_scores,
+                            int64_t t, int64_t ratio, int64_t d, int64_t halves, int64_t position, float* entries) {
+    submit([=] { compress(kv, scores, ape, pending_kv, pending_scores, t, ratio, d, halves, position, entries); });
 }

@@ -5,6 +5,7 @@
 
 #include "api.h"
 #include "products.h"
+#include "queue.h"
 #include "rows.h"
 
 using namespace dsv4;
@@ -140,12 +141,9 @@ void mix_token(const float* products, const float* streams, int64_t s, int64_t d
         balance(across, s, c.eps, c.rounds, scratch);
 }
 
-}  // namespace
-
-// streams [t, s, d], fn [(2 + s) * s, s * d], base [(2 + s) * s], scale [3] -> x [t, d], post [t, s], across [t, s, s].
-DSV4_API void dsv4_mix_streams(const float* streams, int64_t t, int64_t s, int64_t d, const float* fn, const float* base,
-                               const float* scale, float norm_eps, float eps, int64_t rounds, float* x, float* post,
-                               float* across) {
+void mix_streams(const float* streams, int64_t t, int64_t s, int64_t d, const float* fn, const float* base,
+                 const float* scale, float norm_eps, float eps, int64_t rounds, float* x, float* post,
+                 float* across) {
     int64_t m = (2 + s) * s;
     const float* mixes = mixtures(streams, t, s * d, fn, m);
     Constants constants = {base, scale, norm_eps, eps, rounds};
@@ -157,9 +155,8 @@ DSV4_API void dsv4_mix_streams(const float* streams, int64_t t, int64_t s, int64
     });
 }
 
-// out [t, d], streams [t, s, d], post [t, s], across [t, s, s] -> to [t, s, d].
-DSV4_API void dsv4_spread_streams(const float* out, const float* streams, const float* post, const float* across, int64_t t,
-                                  int64_t s, int64_t d, float* to) {
+void spread_streams(const float* out, const float* streams, const float* post, const float* across, int64_t t,
+                    int64_t s, int64_t d, float* to) {
     auto one = s == 4 ? spread<4> : spread<0>;
     parallel(t, items_for(GRAIN, s * d), [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
@@ -167,9 +164,8 @@ DSV4_API void dsv4_spread_streams(const float* out, const float* streams, const 
     });
 }
 
-// streams [t, s, d], fn [s, s * d], base [s], scale [1] -> x [t, d].
-DSV4_API void dsv4_merge_streams(const float* streams, int64_t t, int64_t s, int64_t d, const float* fn, const float* base,
-                                 const float* scale, float norm_eps, float eps, float* x) {
+void merge_streams(const float* streams, int64_t t, int64_t s, int64_t d, const float* fn, const float* base,
+                   const float* scale, float norm_eps, float eps, float* x) {
     const float* mixes = mixtures(streams, t, s * d, fn, s);
     parallel(t, items_for(GRAIN, s * d), [&](int64_t begin, int64_t end) {
         std::vector<float> shares(static_cast<size_t>(s));
@@ -182,4 +178,25 @@ DSV4_API void dsv4_merge_streams(const float* streams, int64_t t, int64_t s, int
             weigh(share, here, s, d, x + token * d);
         }
     });
+}
+
+}  // namespace
+
+// streams [t, s, d], fn [(2 + s) * s, s * d], base [(2 + s) * s], scale [3] -> x [t, d], post [t, s], across [t, s, s].
+DSV4_API void dsv4_mix_streams(const float* streams, int64_t t, int64_t s, int64_t d, const float* fn, const float* base,
+                               const float* scale, float norm_eps, float eps, int64_t rounds, float* x, float* post,
+                               float* across) {
+    submit([=] { mix_streams(streams, t, s, d, fn, base, scale, norm_eps, eps, rounds, x, post, across); });
+}
+
+// out [t, d], streams [t, s, d], post [t, s], across [t, s, s] -> to [t, s, d].
+DSV4_API void dsv4_spread_streams(const float* out, const float* streams, const float* post, const float* across, int64_t t,
+                                  int64_t s, int64_t d, float* to) {
+    submit([=] { spread_streams(out, streams, post, across, t, s, d, to); });
+}
+
+// streams [t, s, d], fn [s, s * d], base [s], scale [1] -> x [t, d].
+DSV4_API void dsv4_merge_streams(const float* streams, int64_t t, int64_t s, int64_t d, const float* fn, const float* base,
+                                 const float* scale, float norm_eps, float eps, float* x) {
+    submit([=] { merge_streams(streams, t, s, d, fn, base, scale, norm_eps, eps, x); });
 }

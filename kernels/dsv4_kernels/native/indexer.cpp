@@ -7,6 +7,7 @@
 #include "api.h"
 #include "floats.h"
 #include "pool.h"
+#include "queue.h"
 
 using namespace dsv4;
 
@@ -136,8 +137,6 @@ void top_indices(const float* q, const float* weights, int64_t t, int64_t heads,
 // q [t, heads, d], weights [t, heads], keys [n, d] (bfloat16 or float32), visible [t] -> chosen [t, slots].
 DSV4_API void dsv4_top_indices(const float* q, const float* weights, int64_t t, int64_t heads, int64_t d, const uint8_t* keys,
                                const int64_t* visible, int64_t n, int64_t slots, int64_t bf16, int64_t* chosen) {
-    if (bf16)
-        top_indices<BF16Format>(q, weights, t, heads, d, keys, visible, n, slots, chosen);
-    else
-        top_indices<F32Format>(q, weights, t, heads, d, keys, visible, n, slots, chosen);
+    auto find = bf16 ? top_indices<BF16Format> : top_indices<F32Format>;
+    submit([=] { find(q, weights, t, heads, d, keys, visible, n, slots, chosen); });
 }

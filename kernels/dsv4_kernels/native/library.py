@@ -20,7 +20,8 @@ P, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # of the signatures: 
 _library: ctypes.CDLL | None = None  # what the doors compute with
 _opened: list[ctypes.CDLL] = []
 _threads: int | None = None
-_signatures: dict[str, tuple[type, ...]] = {"dsv4_set_grids": (P, P), "dsv4_read": (P, I, P)}
+_signatures: dict[str, tuple[tuple[type, ...], type | None]] = {"dsv4_set_grids": ((P, P), None),
+                                                               "dsv4_read": ((P, I, P), None)}
 
 
 def folder() -> Path:
@@ -83,16 +84,16 @@ def open_library(path: Path) -> ctypes.CDLL:
     return library
 
 
-def signature(name: str, *types: type) -> None:
-    """Declares what a function of the library takes; it returns nothing. Called where the function is used."""
-    _signatures[name] = types
+def signature(name: str, *types: type, result: type | None = None) -> None:
+    """Declares what a function of the library takes and returns, mostly nothing. Called where the function is used."""
+    _signatures[name] = types, result
     for library in _opened:
         _declare(library, name)
 
 
 def _declare(library: ctypes.CDLL, name: str) -> None:
     function = getattr(library, name)
-    function.argtypes, function.restype = _signatures[name], None
+    function.argtypes, function.restype = _signatures[name]
 
 
 @cache

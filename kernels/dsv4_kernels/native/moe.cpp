@@ -5,6 +5,7 @@
 
 #include "api.h"
 #include "pool.h"
+#include "queue.h"
 #include "simd.h"
 #include "weight.h"
 
@@ -97,12 +98,9 @@ void add_down(const Expert& expert, const Visits& visits, int64_t number, int64_
 
 bool same(Wants a, Wants b) { return a.bytes == b.bytes && a.split == b.split && a.sums == b.sums; }
 
-}  // namespace
-
-// x [t, d], weights and chosen [t, k] (numbers below n) -> out [t, d]. All experts have one shape and, part by part, one format.
-DSV4_API void dsv4_routed_experts(const float* x, int64_t t, const float* weights, const int64_t* chosen, int64_t k,
-                                  const void* all, int64_t n, float limit, float* out) {
-    const Expert* experts = static_cast<const Expert*>(all);
+// What is added to `out` is the sum over each token's experts.
+void add_experts(const float* x, int64_t t, const float* weights, const int64_t* chosen, int64_t k, const Expert* experts,
+                 int64_t n, float limit, float* out) {
     const Weight &gate = experts->gate, &up = experts->up, &down = experts->down;
     Visits& visits = scratch.visits;
     visits.sort(chosen, weights, t, k, n);
@@ -125,8 +123,22 @@ DSV4_API void dsv4_routed_experts(const float* x, int64_t t, const float* weight
     Activations h = rounded(hidden, t * k, gate.rows, wants(down), 0);
     piece = std::min(rows_per_piece(down.rows, down.cols * std::min<int64_t>(count, 8), visitors), int64_t(64));
     parallel(down.rows, piece, [&](int64_t begin, int64_t end) {
-        for (int64_t i = 0; i < t; ++i) std::fill(out + i * down.rows + begin, out + i * down.rows + end, 0.0f);
         for (int64_t number = 0; number < count; ++number)
             add_down(experts[visits.experts[number]], visits, number, begin, end, h, out);
     });
+}
+
+}  // namespace
+
+// x [t, d], weights and chosen [t, k] (numbers below n) -> added to out [t, d]. All experts have one shape and, part by part,
+// one format.
+DSV4_API void dsv4_add_experts(const float* x, int64_t t, const float* weights, const int64_t* chosen, int64_t k,
+                               const void* all, int64_t n, float limit, float* out) {
+    const Expert* experts = static_cast<const Expert*>(all);
+    if (n > 1) {
+        submit([=] { add_experts(x, t, weights, chosen, k, experts, n, limit, out); });
+    } else {
+        Expert only = *experts;
+        submit([=] { add_experts(x, t, weights, chosen, k, &only, n, limit, out); });
+    }
 }

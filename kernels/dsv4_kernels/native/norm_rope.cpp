@@ -4,6 +4,7 @@
 
 #include "api.h"
 #include "pool.h"
+#include "queue.h"
 #include "rows.h"
 
 using namespace dsv4;
@@ -12,10 +13,7 @@ namespace {
 
 constexpr int64_t GRAIN = int64_t(1) << 15;  // values that one thread goes through sooner than two
 
-}  // namespace
-
-// x [rows, d], weight [d] or null -> out [rows, d].
-DSV4_API void dsv4_rms_norm(const float* x, const float* weight, int64_t rows, int64_t d, float eps, float* out) {
+void rms_norm(const float* x, const float* weight, int64_t rows, int64_t d, float eps, float* out) {
     parallel(rows, items_for(GRAIN, d), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const float* from = x + row * d;
@@ -31,10 +29,8 @@ DSV4_API void dsv4_rms_norm(const float* x, const float* weight, int64_t rows, i
     });
 }
 
-// x [t, heads, d], turns [t, pairs] of cosine and sine -> out like x, the last 2 * pairs values of each row turned; the other
-// way round with `inverse`.
-DSV4_API void dsv4_rotate(const float* x, const float* turns, int64_t t, int64_t heads, int64_t d, int64_t pairs, int64_t inverse,
-                          float* out) {
+void rotate(const float* x, const float* turns, int64_t t, int64_t heads, int64_t d, int64_t pairs, int64_t inverse,
+            float* out) {
     int64_t still = d - 2 * pairs;
     float sign = inverse ? -1.0f : 1.0f;
     parallel(t * heads, items_for(GRAIN, d), [&](int64_t begin, int64_t end) {
@@ -52,4 +48,18 @@ DSV4_API void dsv4_rotate(const float* x, const float* turns, int64_t t, int64_t
             }
         }
     });
+}
+
+}  // namespace
+
+// x [rows, d], weight [d] or null -> out [rows, d].
+DSV4_API void dsv4_rms_norm(const float* x, const float* weight, int64_t rows, int64_t d, float eps, float* out) {
+    submit([=] { rms_norm(x, weight, rows, d, eps, out); });
+}
+
+// x [t, heads, d], turns [t, pairs] of cosine and sine -> out like x, the last 2 * pairs values of each row turned; the other
+// way round with `inverse`.
+DSV4_API void dsv4_rotate(const float* x, const float* turns, int64_t t, int64_t heads, int64_t d, int64_t pairs, int64_t inverse,
+                          float* out) {
+    submit([=] { rotate(x, turns, t, heads, d, pairs, inverse, out); });
 }

@@ -1,6 +1,10 @@
 // A pool whose workers spin for a moment before they sleep: between two kernels of one token lie microseconds of Python, and
 // waking a sleeper would cost more than the kernel. They sleep soon after, so that torch's own threads find the cores free.
+//
+// While calls are queued (see queue.h), worker 1 is the conductor: it computes them in order while Python is still writing down
+// the next ones, with the other workers' help and, once Python waits, with the caller's.
 #include "pool.h"
+#include "queue.h"
 
 #include "api.h"
 
@@ -31,9 +35,12 @@ namespace dsv4 {
 namespace {
 
 constexpr auto SPIN = std::chrono::microseconds(150);
+constexpr uint64_t OPEN = 1 << 16, INSIDE = OPEN - 1;  // of Pool::state; above them the number of the job
 
 thread_local int index_of_this_thread = 0;
-thread_local bool inside = false;
+thread_local bool inside = false;      // a piece of a job
+thread_local bool queueing = false;    // submit writes down
+thread_local bool conducting = false;  // what was written down
 
 class Pool {
 public:
@@ -46,32 +53,46 @@ public:
     }
 
     ~Pool() {
-        {
-            std::lock_guard<std::mutex> lock(sleep);
-            stopping = true;
-            generation.fetch_add(1);
-        }
-        wake.notify_all();
+        stopping = true;
+        wake();
         for (auto& worker : workers) worker.join();
     }
 
     int size() const { return int(workers.size()) + 1; }
 
+    // The calling thread and those that come to help take pieces until there are none; it does not wait for those that do not.
     void run(int64_t count, int64_t grain, const Body& body) {
-        step_aside();
+        if (!conducting) step_aside();
         job = &body;
         total = count;
         step = grain;
         next.store(0, std::memory_order_relaxed);
-        busy.store(int(workers.size()), std::memory_order_relaxed);
-        {
-            // The lock keeps a worker from going to sleep between its last look and the change.
-            std::lock_guard<std::mutex> lock(sleep);
-            generation.fetch_add(1, std::memory_order_release);
-        }
-        if (sleepers.load() > 0) wake.notify_all();
+        state.store(++jobs * 2 * OPEN | OPEN);
+        wake();
         take();
-        while (busy.load(std::memory_order_acquire) != 0) DSV4_PAUSE();
+        state.fetch_and(~OPEN);
+        while (state.load(std::memory_order_acquire) & INSIDE) DSV4_PAUSE();
+    }
+
+    Queue queue;
+
+    // To be called after every push.
+    void announce() {
+        if (!lazy) wake();
+    }
+
+    void begin(bool wait_for_drain) {
+        lazy = wait_for_drain;
+        step_aside();
+    }
+
+    // Helps until all that was pushed has been computed.
+    void drain() {
+        lazy = false;
+        wake();
+        step_aside();
+        for (uint64_t seen = 0; !queue.empty();)
+            if (!help(seen)) DSV4_PAUSE();
     }
 
 private:
@@ -82,31 +103,56 @@ private:
         inside = false;
     }
 
+    // Takes part in the open job, if there is one that this thread has not seen the end of.
+    bool help(uint64_t& seen) {
+        uint64_t now = state.load(std::memory_order_acquire);
+        do {
+            if (!(now & OPEN) || now / (2 * OPEN) == seen) return false;
+        } while (!state.compare_exchange_weak(now, now + 1));
+        seen = now / (2 * OPEN);
+        take();
+        state.fetch_sub(1, std::memory_order_release);
+        return true;
+    }
+
     void work(int index, int cpu) {
         index_of_this_thread = index;
+        conducting = index == 1;
         pin(cpu);
-        for (uint64_t seen = 0;;) {
-            seen = await(seen);
-            if (stopping) return;
-            take();
-            busy.fetch_sub(1, std::memory_order_release);
+        for (uint64_t seen = 0; await(seen);) {
+            if (conducting && !lazy) queue.compute();
+            help(seen);
         }
     }
 
-    uint64_t await(uint64_t seen) {
+    bool called(uint64_t seen) const {
+        uint64_t now = state.load();
+        return ((now & OPEN) && now / (2 * OPEN) != seen) || (conducting && !lazy && !queue.empty()) || stopping;
+    }
+
+    // False when the pool ends.
+    bool await(uint64_t seen) {
         auto until = std::chrono::steady_clock::now() + SPIN;
         do {
             for (int i = 0; i < 64; ++i) {
-                uint64_t now = generation.load(std::memory_order_acquire);
-                if (now != seen) return now;
+                if (called(seen)) return !stopping;
                 DSV4_PAUSE();
             }
         } while (std::chrono::steady_clock::now() < until);
         std::unique_lock<std::mutex> lock(sleep);
         sleepers.fetch_add(1);
-        wake.wait(lock, [&] { return generation.load(std::memory_order_acquire) != seen; });
+        std::atomic_thread_fence(std::memory_order_seq_cst);
+        bell.wait(lock, [&] { return called(seen); });
         sleepers.fetch_sub(1);
-        return generation.load(std::memory_order_acquire);
+        return !stopping;
+    }
+
+    // The reason to wake was stored before, and a sleeper looks for one after it has counted itself: one sees the other.
+    void wake() {
+        std::atomic_thread_fence(std::memory_order_seq_cst);
+        if (sleepers.load() == 0) return;
+        std::lock_guard<std::mutex> lock(sleep);
+        bell.notify_all();
     }
 
     // A caller on a worker's processor would share it for as long as the system likes, at a third of the speed, while its own
@@ -135,21 +181,25 @@ private:
     }
 
     std::vector<int> cpus;
-    std::vector<std::thread> workers;
     const Body* job = nullptr;
     int64_t total = 0, step = 1;
+    uint64_t jobs = 0;
     std::atomic<int64_t> next{0};
-    std::atomic<int> busy{0}, sleepers{0};
-    std::atomic<uint64_t> generation{0};
-    bool stopping = false;
+    std::atomic<uint64_t> state{0};
+    std::atomic<int> sleepers{0};
+    std::atomic<bool> stopping{false}, lazy{false};
     std::mutex sleep;
-    std::condition_variable wake;
+    std::condition_variable bell;
+    std::vector<std::thread> workers;  // last: they use all the others
 };
 
 Pool* pool = nullptr;  // never destroyed at exit: a worker must not be joined while the process is torn down
 std::mutex callers;    // held by whoever uses the pool
 
-void forget_workers() { pool = nullptr; }  // in a forked child there are none
+void forget_workers() {  // in a forked child there are none
+    pool = nullptr;
+    queueing = false;
+}
 
 }  // namespace
 
@@ -159,11 +209,23 @@ int thread_index() { return index_of_this_thread; }
 
 void run_parallel(int64_t count, int64_t grain, const Body& body) {
     std::unique_lock<std::mutex> lock(callers, std::defer_lock);
-    if (inside || !lock.try_lock() || !pool) {
+    if (inside || !pool || (!conducting && !lock.try_lock())) {
         body(0, count);
         return;
     }
     pool->run(count, grain, body);
+}
+
+bool queues() { return queueing; }
+
+void* new_call(void (*compute)(void*)) {
+    while (pool->queue.full()) pool->drain();
+    return pool->queue.place(compute);
+}
+
+void push_call() {
+    pool->queue.push();
+    pool->announce();
 }
 
 }  // namespace dsv4
@@ -180,3 +242,28 @@ DSV4_API void dsv4_set_threads(int count, const int* cpus, int cpu_count) {
 }
 
 DSV4_API int dsv4_threads() { return dsv4::threads(); }
+
+// From now on the calling thread's kernels are queued, until dsv4_end. Returns 0, and changes nothing, when there are no other
+// threads or they are busy. lazily: nothing is computed before dsv4_wait, so that tests find what does not live long enough.
+DSV4_API int dsv4_begin(int lazily) {
+    if (dsv4::queueing || dsv4::inside || !dsv4::callers.try_lock()) return 0;
+    if (!dsv4::pool) {
+        dsv4::callers.unlock();
+        return 0;
+    }
+    dsv4::queueing = true;
+    dsv4::pool->begin(lazily != 0);
+    return 1;
+}
+
+// Returns when all that the calling thread has queued is computed.
+DSV4_API void dsv4_wait() {
+    if (dsv4::queueing) dsv4::pool->drain();
+}
+
+DSV4_API void dsv4_end() {
+    if (!dsv4::queueing) return;
+    dsv4::pool->drain();
+    dsv4::queueing = false;
+    dsv4::callers.unlock();
+}

@@ -5,6 +5,7 @@
 
 #include "api.h"
 #include "pool.h"
+#include "queue.h"
 #include "rows.h"
 
 using namespace dsv4;
@@ -112,15 +113,7 @@ void turn_row(const float* x, int64_t n, float* out) {
     for (int64_t apart = 8; apart < n; apart *= 2) add_and_subtract<f32x8>(out, n, apart);
 }
 
-}  // namespace
-
-// x [blocks, block] -> out [blocks, block].
-DSV4_API void dsv4_round_fp8(const float* x, int64_t blocks, int64_t block, float* out) { round_all<FP8>(x, blocks, block, out); }
-
-DSV4_API void dsv4_round_fp4(const float* x, int64_t blocks, int64_t block, float* out) { round_all<FP4>(x, blocks, block, out); }
-
-// x [rows, d] -> out [rows, d]: all but the last `rotated` values to FP8 in blocks, those to bf16.
-DSV4_API void dsv4_round_kv(const float* x, int64_t rows, int64_t d, int64_t rotated, int64_t block, float* out) {
+void round_kv(const float* x, int64_t rows, int64_t d, int64_t rotated, int64_t block, float* out) {
     parallel(rows, items_for(GRAIN, d), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             const float* from = x + row * d;
@@ -133,12 +126,32 @@ DSV4_API void dsv4_round_kv(const float* x, int64_t rows, int64_t d, int64_t rot
     });
 }
 
-// x [rows, n], n a power of two -> out [rows, n]: turned, and with a block also rounded to FP4.
-DSV4_API void dsv4_hadamard(const float* x, int64_t rows, int64_t n, int64_t block, float* out) {
+void hadamard(const float* x, int64_t rows, int64_t n, int64_t block, float* out) {
     parallel(rows, items_for(GRAIN, n), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
             turn_row(x + row * n, n, out + row * n);
             if (block) round_row<FP4>(out + row * n, n, block, out + row * n);
         }
     });
+}
+
+}  // namespace
+
+// x [blocks, block] -> out [blocks, block].
+DSV4_API void dsv4_round_fp8(const float* x, int64_t blocks, int64_t block, float* out) {
+    submit([=] { round_all<FP8>(x, blocks, block, out); });
+}
+
+DSV4_API void dsv4_round_fp4(const float* x, int64_t blocks, int64_t block, float* out) {
+    submit([=] { round_all<FP4>(x, blocks, block, out); });
+}
+
+// x [rows, d] -> out [rows, d]: all but the last `rotated` values to FP8 in blocks, those to bf16.
+DSV4_API void dsv4_round_kv(const float* x, int64_t rows, int64_t d, int64_t rotated, int64_t block, float* out) {
+    submit([=] { round_kv(x, rows, d, rotated, block, out); });
+}
+
+// x [rows, n], n a power of two -> out [rows, n]: turned, and with a block also rounded to FP4.
+DSV4_API void dsv4_hadamard(const float* x, int64_t rows, int64_t n, int64_t block, float* out) {
+    submit([=] { hadamard(x, rows, n, block, out); });
 }

@@ -1,9 +1,11 @@
 // Routers: products with the gate, scores, the best of them, and weights that sum to the scale.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
 #include "api.h"
 #include "products.h"
+#include "queue.h"
 #include "rows.h"
 
 using namespace dsv4;
@@ -48,16 +50,13 @@ void share_out(float* weights, int64_t k, float scale) {
     for (int64_t i = 0; i < k; ++i) weights[i] = weights[i] / total * scale;
 }
 
-}  // namespace
-
-// x [t, d], gate [n, d], bias [n] -> weights [t, k], experts [t, k].
-DSV4_API void dsv4_route_learned(const float* x, int64_t t, const Weight* gate, const float* bias, int64_t k, float scale,
-                                 float* weights, int64_t* experts) {
+void route_learned(const float* x, int64_t t, const Weight& gate, const float* bias, int64_t k, float scale, float* weights,
+                   int64_t* experts) {
     thread_local std::vector<float> logits;
-    int64_t n = gate->rows;
+    int64_t n = gate.rows;
     logits.resize(size_t(t * n));
     float* all = logits.data();
-    products(x, t, *gate, all);
+    products(x, t, gate, all);
     parallel(t, items_for(SHORT, 16 * n), [&](int64_t begin, int64_t end) {
         std::vector<float> keys(static_cast<size_t>(k));
         for (int64_t token = begin; token < end; ++token) {
@@ -71,26 +70,57 @@ DSV4_API void dsv4_route_learned(const float* x, int64_t t, const Weight* gate, 
     });
 }
 
-// x [t, d], gate [n, d], table [vocab, k], ids [t] -> weights [t, k], experts [t, k]. Only the experts of the table are scored.
-// `wrong` becomes 1, and nothing else is written, when an id is not in the table or an expert is not in the gate.
-DSV4_API void dsv4_route_by_hash(const float* x, int64_t t, const Weight* gate, const int64_t* table, int64_t vocab, int64_t k,
-                                 const int64_t* ids, float scale, float* weights, int64_t* experts, int64_t* wrong) {
-    auto outside = [](int64_t i, int64_t size) { return i < 0 || i >= size; };
+// A table [vocab, k] and who looks up what in it.
+struct Lookup {
+    const int64_t *table, *ids;
+    int64_t vocab, k;
+
+    bool wrong(int64_t token, int64_t n) const {
+        auto outside = [](int64_t i, int64_t size) { return i < 0 || i >= size; };
+        if (outside(ids[token], vocab)) return true;
+        const int64_t* found = row(token);
+        return std::any_of(found, found + k, [&](int64_t expert) { return outside(expert, n); });
+    }
+    const int64_t* row(int64_t token) const { return table + ids[token] * k; }
+};
+
+void route_by_hash(const float* x, int64_t t, const Weight& gate, const Lookup& lookup, float scale, float* weights,
+                   int64_t* experts, int64_t* wrong) {
+    int64_t k = lookup.k;
     *wrong = 0;
-    for (int64_t token = 0; token < t && !*wrong; ++token) {
-        *wrong = outside(ids[token], vocab);
-        for (int64_t i = 0; i < k && !*wrong; ++i) *wrong = outside(table[ids[token] * k + i], gate->rows);
+    for (int64_t token = 0; token < t; ++token) *wrong |= lookup.wrong(token, gate.rows);
+    if (*wrong) {  // whoever queued more work finds numbers that it can work with, and an answer that nobody takes for one
+        std::fill_n(experts, t * k, 0);
+        std::fill_n(weights, t * k, NAN);
     }
     if (*wrong || t == 0) return;
-    Activations a = rounded(x, t, gate->cols, wants(*gate), 0);
-    parallel(t, items_for(SHORT, k * gate->cols), [&](int64_t begin, int64_t end) {
+    Activations a = rounded(x, t, gate.cols, wants(gate), 0);
+    parallel(t, items_for(SHORT, k * gate.cols), [&](int64_t begin, int64_t end) {
         for (int64_t token = begin; token < end; ++token) {
             float* mine = weights + token * k;
             int64_t* chosen = experts + token * k;
-            std::copy_n(table + ids[token] * k, k, chosen);
-            for (int64_t i = 0; i < k; ++i) multiply(*gate, chosen[i], chosen[i] + 1, a, Picked{1, token}, mine + i, 1);
+            std::copy_n(lookup.row(token), k, chosen);
+            for (int64_t i = 0; i < k; ++i) multiply(gate, chosen[i], chosen[i] + 1, a, Picked{1, token}, mine + i, 1);
             score(mine, k);
             share_out(mine, k, scale);
         }
     });
+}
+
+}  // namespace
+
+// x [t, d], gate [n, d], bias [n] -> weights [t, k], experts [t, k].
+DSV4_API void dsv4_route_learned(const float* x, int64_t t, const Weight* gate, const float* bias, int64_t k, float scale,
+                                 float* weights, int64_t* experts) {
+    Weight w = *gate;
+    submit([=] { route_learned(x, t, w, bias, k, scale, weights, experts); });
+}
+
+// x [t, d], gate [n, d], table [vocab, k], ids [t] -> weights [t, k], experts [t, k]. Only the experts of the table are scored.
+// `wrong` becomes 1 when an id is not in the table or an expert is not in the gate.
+DSV4_API void dsv4_route_by_hash(const float* x, int64_t t, const Weight* gate, const int64_t* table, int64_t vocab, int64_t k,
+                                 const int64_t* ids, float scale, float* weights, int64_t* experts, int64_t* wrong) {
+    Weight w = *gate;
+    Lookup lookup{table, ids, vocab, k};
+    submit([=] { route_by_hash(x, t, w, lookup, scale, weights, experts, wrong); });
 }

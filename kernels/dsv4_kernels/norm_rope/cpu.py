@@ -9,6 +9,7 @@ from torch import Tensor, complex64, float32
 
 from dsv4_kernels import alloc
 from dsv4_kernels.native.library import F, I, P, load, signature
+from dsv4_kernels.native.queue import by_torch, dense
 from dsv4_kernels.norm_rope import ref
 
 signature("dsv4_rms_norm", P, P, I, I, F, P)
@@ -20,8 +21,8 @@ turns = ref.turns
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if x.dtype != float32 or not x.numel() or (weight is not None and weight.dtype != float32):
-        return ref.rms_norm(x, weight, eps)
-    x, weight = x.contiguous(), None if weight is None else weight.contiguous()
+        return by_torch(ref.rms_norm, x, weight, eps)
+    x, weight = dense(x), None if weight is None else dense(weight)
     out = alloc.empty_like(x)
     d = x.shape[-1]
     load().dsv4_rms_norm(x.data_ptr(), None if weight is None else weight.data_ptr(), x.numel() // d, d, eps, out.data_ptr())
@@ -30,8 +31,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def rotate(x: Tensor, turns: Tensor, inverse: bool) -> Tensor:
     if x.dtype != float32 or turns.dtype != complex64 or turns.is_conj() or not x.numel():
-        return ref.rotate(x, turns, inverse)
-    x, turns = x.contiguous(), turns.contiguous()
+        return by_torch(ref.rotate, x, turns, inverse)
+    x, turns = dense(x), dense(turns)
     out = alloc.empty_like(x)
     t, d = x.shape[0], x.shape[-1]
     load().dsv4_rotate(x.data_ptr(), turns.data_ptr(), t, x.numel() // (t * d), d, turns.shape[1], inverse, out.data_ptr())

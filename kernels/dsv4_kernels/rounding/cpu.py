@@ -9,6 +9,7 @@ from torch import Tensor, float32
 
 from dsv4_kernels import alloc
 from dsv4_kernels.native.library import I, P, load, signature
+from dsv4_kernels.native.queue import by_torch, dense
 from dsv4_kernels.rounding import INDEX_BLOCK, KV_BLOCK, ref
 
 signature("dsv4_round_fp8", P, I, I, P)
@@ -21,8 +22,8 @@ power_of_two_scale = ref.power_of_two_scale
 
 def round_fp8(x: Tensor, block: int) -> Tensor:
     if x.dtype != float32:
-        return ref.round_fp8(x, block)
-    x = x.contiguous()
+        return by_torch(ref.round_fp8, x, block)
+    x = dense(x)
     out = alloc.empty_like(x)
     load().dsv4_round_fp8(x.data_ptr(), x.numel() // block, block, out.data_ptr())
     return out
@@ -30,8 +31,8 @@ def round_fp8(x: Tensor, block: int) -> Tensor:
 
 def round_fp4(x: Tensor, block: int) -> Tensor:
     if x.dtype != float32:
-        return ref.round_fp4(x, block)
-    x = x.contiguous()
+        return by_torch(ref.round_fp4, x, block)
+    x = dense(x)
     out = alloc.empty_like(x)
     load().dsv4_round_fp4(x.data_ptr(), x.numel() // block, block, out.data_ptr())
     return out
@@ -39,8 +40,8 @@ def round_fp4(x: Tensor, block: int) -> Tensor:
 
 def round_kv(x: Tensor, rotated: int) -> Tensor:
     if x.dtype != float32:
-        return ref.round_kv(x, rotated)
-    x = x.contiguous()
+        return by_torch(ref.round_kv, x, rotated)
+    x = dense(x)
     out = alloc.empty_like(x)
     d = x.shape[-1]
     load().dsv4_round_kv(x.data_ptr(), x.numel() // d, d, rotated, KV_BLOCK, out.data_ptr())
@@ -48,16 +49,16 @@ def round_kv(x: Tensor, rotated: int) -> Tensor:
 
 
 def hadamard(x: Tensor) -> Tensor:
-    return ref.hadamard(x) if x.dtype != float32 else _turned(x, 0)
+    return by_torch(ref.hadamard, x) if x.dtype != float32 else _turned(x, 0)
 
 
 def round_index(x: Tensor) -> Tensor:
-    return ref.round_index(x) if x.dtype != float32 else _turned(x, INDEX_BLOCK)
+    return by_torch(ref.round_index, x) if x.dtype != float32 else _turned(x, INDEX_BLOCK)
 
 
 def _turned(x: Tensor, block: int) -> Tensor:
     """Rounded to FP4 in blocks, unless `block` is 0."""
-    x = x.contiguous()
+    x = dense(x)
     out = alloc.empty_like(x)
     n = x.shape[-1]
     load().dsv4_hadamard(x.data_ptr(), x.numel() // n, n, block, out.data_ptr())

@@ -1,0 +1,117 @@
+"""Kernels that are queued compute what they would have computed at once."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4_kernels import backends
+from dsv4_kernels.cache import keep
+from dsv4_kernels.linear import linear
+from dsv4_kernels.native import library
+from dsv4_kernels.norm_rope import rms_norm
+from dsv4_kernels.router import route_by_hash
+from tests.kernels.native import kernels  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("kernels", "two_threads")
+
+
+@pytest.fixture
+def two_threads() -> None:
+    backends.use_threads(2)
+
+
+def chain(x: Tensor, weight: Tensor, times: int) -> Tensor:
+    """Products and norms that each need the one before."""
+    for _ in range(times):
+        x = rms_norm(linear(x, weight), None, 1e-6)
+    return x
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("times", [1, 40, 1200])  # the last are more calls than the queue is long
+def test_the_result_is_that_of_calls_at_once(times: int, lazily: bool, random: torch.Generator) -> None:
+    x, weight = torch.randn(1, 67, generator=random), torch.randn(67, 67, generator=random)
+    expected = chain(x, weight, times)
+    with backends.queued(lazily=lazily):
+        found = chain(x, weight, times)
+    assert torch.equal(found, expected)
+
+
+def test_nothing_is_computed_before_somebody_waits(random: torch.Generator) -> None:
+    x, to = torch.randn(1, 8, generator=random), torch.zeros(1, 8)
+    with backends.queued(lazily=True):
+        keep(x, to)
+        assert not to.any()
+        with backends.queued():  # within another it is no queue of its own
+            keep(x, to)
+        assert not to.any()
+    assert torch.equal(to, x)
+
+
+def test_torch_waits_for_kernels_whose_results_it_takes(random: torch.Generator) -> None:
+    x, weight = torch.randn(6, 64, generator=random), torch.randn(64, 64, generator=random)
+    y = linear(x, weight)
+    with backends.queued(lazily=True):
+        copied = rms_norm(linear(x, weight).T, None, 0.0)  # not contiguous
+        fallen_back = linear(linear(x, weight), weight.T)  # a weight that lies as no kernel expects
+    assert torch.equal(copied, rms_norm(y.T.contiguous(), None, 0.0))
+    assert torch.equal(fallen_back, linear(y, weight.T))
+
+
+def test_memory_that_nobody_else_holds_is_kept_until_it_was_used(random: torch.Generator) -> None:
+    weight = torch.randn(257, 257, generator=random)
+    x = torch.randn(1, 257, generator=random)
+    expected = chain(x, weight, 30)
+    with backends.queued(lazily=True):
+        found = chain(x, weight, 30)
+        scribbled = [torch.full((1, 257), 7.0) for _ in range(64)]  # where freed memory would be handed out again
+    assert torch.equal(found, expected)
+    assert len(scribbled) == 64
+
+
+def test_complaints_come_when_the_queue_ends_and_what_follows_is_harmless(random: torch.Generator) -> None:
+    x, gate = torch.randn(1, 32, generator=random), torch.randn(4, 32, generator=random)
+    table = torch.tensor([[0, 1], [2, 9]])
+    with pytest.raises(IndexError, match="outside the 4"), backends.queued():
+        weights, experts = route_by_hash(x, gate, table, torch.tensor([1]), 1.0)
+    assert experts.tolist() == [[0, 0]]
+    assert weights.isnan().all()
+
+
+def test_an_error_leaves_no_kernel_behind(random: torch.Generator) -> None:
+    x, to = torch.randn(1, 8, generator=random), torch.zeros(1, 8)
+
+    def interrupted() -> None:
+        with backends.queued(lazily=True):
+            keep(x, to)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert torch.equal(to, x)
+
+
+def test_another_thread_computes_at_once(random: torch.Generator) -> None:
+    x, weight = torch.randn(1, 67, generator=random), torch.randn(67, 67, generator=random)
+    expected, found = chain(x, weight, 5), []
+    with backends.queued(lazily=True):
+        mine = chain(x, weight, 5)
+        other = threading.Thread(target=lambda: found.append(chain(x, weight, 5)))
+        other.start()
+        other.join()
+        assert torch.equal(found[0], expected)
+    assert torch.equal(mine, expected)
+
+
+def test_a_single_thread_has_no_queue(random: torch.Generator) -> None:
+    backends.use_threads(1)
+    x, to = torch.randn(1, 8, generator=random), torch.zeros(1, 8)
+    with backends.queued(lazily=True):
+        keep(x, to)
+        assert torch.equal(to, x)
+    assert library.threads() == 1
+    backends.use_threads(2)
