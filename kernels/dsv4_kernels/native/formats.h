@@ -1,8 +1,10 @@
 // How each block format unpacks: `visit` walks a row and tells a sink, 32 weights at a time, their bytes and their scale.
 //
-// A sink has four verbs, and wants even and odd k in turn, so that the compiler can tell them apart. put(k, w, scale): block k is scale * w with signed bytes w. put_unsigned: the same with bytes 0..63.
-// put_signed: magnitudes and a bit where the sign is minus. low(i, m): weights of group i of eight sub-blocks lie m
-// below that. A scale is one float, or (HALVES) a vector whose low lanes hold for the first 16 weights.
+// A sink has six verbs, and wants even and odd k in turn, so that the compiler can tell them apart. put(k, w, factor): block k
+// is factor * w with signed bytes w. put_unsigned: the same with bytes 0..63. put_above: with bytes that are ABOVE too great.
+// put_signed: magnitudes and a bit where the sign is minus. A factor is what `scaled` makes of a scale: scaled(k, float) of one, scaled(k, f32x8) of those of eight blocks from k
+// on, among which one_of picks, scaled_halves(k, f32x8) of four blocks whose halves have scales of their own (HALVES; the
+// factor of a block is then a vector). low(i, m): weights of group i of eight sub-blocks lie m below what was put.
 //
 // Layouts are those of GGUF and of the official checkpoints; see the decoders in dsv4_quant.formats.
 #pragma once
@@ -34,42 +36,46 @@ DSV4_INLINE void in_pairs(int64_t blocks, Body&& body) {
 
 struct Q8_0Format {
     static constexpr bool HALVES = false, SPLIT = false;
-    static constexpr int LOW = 0;
+    static constexpr int LOW = 0, ABOVE = WIDE_BYTES ? 128 : 0;
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         in_pairs(cols / 32, [&](int64_t k) {
             const uint8_t* b = row.data + 34 * k;
-            sink.put(k, load<i8x32>(b + 2), half_at(b));
+            auto factor = sink.scaled(k, half_at(b));
+            if constexpr (ABOVE != 0)
+                sink.put_above(k, load<u8x32>(b + 2) ^ uint8_t(ABOVE), factor);
+            else
+                sink.put(k, load<i8x32>(b + 2), factor);
         });
     }
 };
 
-// Codes 0 .5 1 1.5 2 3 4 6 and their negatives, doubled to be whole; the scale is halved instead.
-constexpr i8x16 E2M1 = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+// Codes 0 .5 1 1.5 2 3 4 6 and their negatives, doubled to be whole and raised by 12; the scale is halved instead.
+constexpr u8x16 E2M1 = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 struct MXFP4Format {
     static constexpr bool HALVES = false, SPLIT = false;
-    static constexpr int LOW = 0;
+    static constexpr int LOW = 0, ABOVE = 12;
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         in_pairs(cols / 32, [&](int64_t k) {
             const uint8_t* b = row.data + 17 * k;
-            sink.put(k, look_up(E2M1, nibbles(b + 1)), HALF_E8M0.of[*b]);
+            sink.put_above(k, look_up_nibbles(E2M1, b + 1), sink.scaled(k, HALF_E8M0.of[*b]));
         });
     }
 };
 
 struct FP4Format {
     static constexpr bool HALVES = false, SPLIT = true;  // a byte holds neighbours: its nibbles are evens and odds
-    static constexpr int LOW = 0;
+    static constexpr int LOW = 0, ABOVE = 12;
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         in_pairs(cols / 32, [&](int64_t k) {
             float scale = row.float_scales ? 0.5f * load<float>(row.scales + 4 * k) : HALF_E8M0.of[row.scales[k]];
-            sink.put(k, look_up(E2M1, nibbles(row.data + 16 * k)), scale);
+            sink.put_above(k, look_up_nibbles(E2M1, row.data + 16 * k), sink.scaled(k, scale));
         });
     }
 };
@@ -95,20 +101,19 @@ struct SixBits {
 
 struct Q4_KFormat {
     static constexpr bool HALVES = false, SPLIT = false;
-    static constexpr int LOW = 32;
+    static constexpr int LOW = 32, ABOVE = 0;
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         const uint8_t* b = row.data;
         for (int64_t s = 0; s < cols / 256; ++s, b += 144) {
             SixBits six(b + 4);
-            float scales[8];
-            store(scales, bytes_to_floats(six.scales) * splat(half_at(b)));
+            f32x8 scales = sink.scaled(8 * s, bytes_to_floats(six.scales) * splat(half_at(b)));
             sink.low(s, bytes_to_floats(six.lows) * splat(half_at(b + 2)));
             for (int j = 0; j < 4; ++j) {
                 u8x32 pairs = load<u8x32>(b + 16 + 32 * j);
-                sink.put_unsigned(8 * s + 2 * j, field<0>(pairs, 15), scales[2 * j]);
-                sink.put_unsigned(8 * s + 2 * j + 1, field<4>(pairs, 15), scales[2 * j + 1]);
+                sink.put_unsigned(8 * s + 2 * j, field<0>(pairs, 15), sink.one_of(scales, 2 * j));
+                sink.put_unsigned(8 * s + 2 * j + 1, field<4>(pairs, 15), sink.one_of(scales, 2 * j + 1));
             }
         }
     }
@@ -116,23 +121,22 @@ struct Q4_KFormat {
 
 struct Q5_KFormat {
     static constexpr bool HALVES = false, SPLIT = false;
-    static constexpr int LOW = 32;
+    static constexpr int LOW = 32, ABOVE = 0;
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         const uint8_t* b = row.data;
         for (int64_t s = 0; s < cols / 256; ++s, b += 176) {
             SixBits six(b + 4);
-            float scales[8];
-            store(scales, bytes_to_floats(six.scales) * splat(half_at(b)));
+            f32x8 scales = sink.scaled(8 * s, bytes_to_floats(six.scales) * splat(half_at(b)));
             sink.low(s, bytes_to_floats(six.lows) * splat(half_at(b + 2)));
             u8x32 fifth = load<u8x32>(b + 16);
             for (int j = 0; j < 4; ++j) {
                 u8x32 pairs = load<u8x32>(b + 48 + 32 * j);
                 u8x32 low = field<0>(pairs, 15) | bits<u8x32>(bits<u32x8>(field<0>(fifth, 1)) << 4);
                 u8x32 high = field<4>(pairs, 15) | bits<u8x32>(bits<u32x8>(field<1>(fifth, 1)) << 4);
-                sink.put_unsigned(8 * s + 2 * j, low, scales[2 * j]);
-                sink.put_unsigned(8 * s + 2 * j + 1, high, scales[2 * j + 1]);
+                sink.put_unsigned(8 * s + 2 * j, low, sink.one_of(scales, 2 * j));
+                sink.put_unsigned(8 * s + 2 * j + 1, high, sink.one_of(scales, 2 * j + 1));
                 fifth = bits<u8x32>(bits<u32x8>(fifth) >> 2);  // what crosses into a neighbour is masked away above
             }
         }
@@ -141,27 +145,22 @@ struct Q5_KFormat {
 
 struct Q6_KFormat {
     static constexpr bool HALVES = true, SPLIT = false;
-    static constexpr int LOW = 0;
+    static constexpr int LOW = 0, ABOVE = 32;
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         const uint8_t* b = row.data;
         for (int64_t s = 0; s < cols / 256; ++s, b += 210) {
             f32x8 d = splat(half_at(b + 208));
-            float steps[16];
-            store(steps, signed_bytes_to_floats(b + 192) * d);
-            store(steps + 8, signed_bytes_to_floats(b + 200) * d);
             for (int half = 0; half < 2; ++half) {
+                f32x8 steps = sink.scaled_halves(8 * s + 4 * half, signed_bytes_to_floats(b + 192 + 8 * half) * d);
                 u8x32 first = load<u8x32>(b + 64 * half), second = load<u8x32>(b + 64 * half + 32);
                 u8x32 upper = load<u8x32>(b + 128 + 32 * half);
                 u8x32 codes[4] = {field<0>(first, 15) | bits<u8x32>(bits<u32x8>(field<0>(upper, 3)) << 4),
                                   field<0>(second, 15) | bits<u8x32>(bits<u32x8>(field<2>(upper, 3)) << 4),
                                   field<4>(first, 15) | bits<u8x32>(bits<u32x8>(field<4>(upper, 3)) << 4),
                                   field<4>(second, 15) | bits<u8x32>(bits<u32x8>(field<6>(upper, 3)) << 4)};
-                for (int j = 0; j < 4; ++j) {
-                    const float* step = steps + 8 * half + 2 * j;
-                    sink.put(8 * s + 4 * half + j, i8x32(codes[j]) - 32, splat(step[0], step[1]));
-                }
+                for (int j = 0; j < 4; ++j) sink.put_above(8 * s + 4 * half + j, codes[j], halves_of(steps, j));
             }
         }
     }
@@ -169,41 +168,41 @@ struct Q6_KFormat {
 
 struct Q3_KFormat {
     static constexpr bool HALVES = true, SPLIT = false;
-    static constexpr int LOW = 0;
+    static constexpr int LOW = 0, ABOVE = 4;
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         const uint8_t* b = row.data;
         for (int64_t s = 0; s < cols / 256; ++s, b += 110) {
             f32x8 d = splat(half_at(b + 108));
-            float steps[16];
+            f32x8 steps[2];
             scales(b + 96, d, steps);
-            u8x32 third = ~load<u8x32>(b);  // a bit that is clear takes 4 away
+            for (int half = 0; half < 2; ++half) steps[half] = sink.scaled_halves(8 * s + 4 * half, steps[half]);
+            u8x32 third = load<u8x32>(b);  // a bit that is clear takes 4 away
 #pragma GCC unroll 8
             for (int j = 0; j < 8; ++j) {
                 u8x32 pairs = load<u8x32>(b + 32 + 32 * (j / 4));
                 u8x32 code = bits<u8x32>(bits<u32x8>(pairs) >> (2 * (j % 4))) & 3;
-                u8x32 below = bits<u8x32>(bits<u32x8>(third) >> j) & 1;
-                i8x32 w = i8x32(code) - i8x32(bits<u8x32>(bits<u32x8>(below) << 2));
-                sink.put(8 * s + j, w, splat(steps[2 * j], steps[2 * j + 1]));
+                u8x32 upper = bits<u8x32>(bits<u32x8>(third) >> j) & 1;
+                sink.put_above(8 * s + j, code | bits<u8x32>(bits<u32x8>(upper) << 2), halves_of(steps[j / 4], j % 4));
             }
         }
     }
 
     // Sixteen scales of six bits, less 32: low nibbles in eight bytes, the upper two bits in the last four.
-    static DSV4_INLINE void scales(const uint8_t* from, f32x8 d, float* steps) {
+    static DSV4_INLINE void scales(const uint8_t* from, f32x8 d, f32x8* steps) {
         uint32_t a = load<uint32_t>(from), b = load<uint32_t>(from + 4), upper = load<uint32_t>(from + 8);
         auto both = [](uint32_t low, uint32_t high) { return low | uint64_t(high) << 32; };
         uint64_t first = both((a & 0x0f0f0f0fu) | (upper << 4 & 0x30303030u), (b & 0x0f0f0f0fu) | (upper << 2 & 0x30303030u));
         uint64_t second = both((a >> 4 & 0x0f0f0f0fu) | (upper & 0x30303030u), (b >> 4 & 0x0f0f0f0fu) | (upper >> 2 & 0x30303030u));
-        store(steps, (bytes_to_floats(first) - 32.0f) * d);
-        store(steps + 8, (bytes_to_floats(second) - 32.0f) * d);
+        steps[0] = (bytes_to_floats(first) - 32.0f) * d;
+        steps[1] = (bytes_to_floats(second) - 32.0f) * d;
     }
 };
 
 struct Q2_KFormat {
     static constexpr bool HALVES = true, SPLIT = false;
-    static constexpr int LOW = 16;
+    static constexpr int LOW = 16, ABOVE = 0;
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
@@ -212,46 +211,51 @@ struct Q2_KFormat {
             uint64_t first = load<uint64_t>(b), second = load<uint64_t>(b + 8);
             constexpr uint64_t LOW_NIBBLES = 0x0f0f0f0f0f0f0f0fu;
             f32x8 d = splat(half_at(b + 80)), d_low = splat(half_at(b + 82));
-            float steps[16];
-            store(steps, bytes_to_floats(first & LOW_NIBBLES) * d);
-            store(steps + 8, bytes_to_floats(second & LOW_NIBBLES) * d);
+            f32x8 steps[2] = {sink.scaled_halves(8 * s, bytes_to_floats(first & LOW_NIBBLES) * d),
+                              sink.scaled_halves(8 * s + 4, bytes_to_floats(second & LOW_NIBBLES) * d)};
             sink.low(2 * s, bytes_to_floats(first >> 4 & LOW_NIBBLES) * d_low);
             sink.low(2 * s + 1, bytes_to_floats(second >> 4 & LOW_NIBBLES) * d_low);
             for (int half = 0; half < 2; ++half) {
                 u8x32 quads = load<u8x32>(b + 16 + 32 * half);
                 u8x32 codes[4] = {field<0>(quads, 3), field<2>(quads, 3), field<4>(quads, 3), field<6>(quads, 3)};
-                for (int j = 0; j < 4; ++j) {
-                    const float* step = steps + 8 * half + 2 * j;
-                    sink.put_unsigned(8 * s + 4 * half + j, codes[j], splat(step[0], step[1]));
-                }
+                for (int j = 0; j < 4; ++j) sink.put_unsigned(8 * s + 4 * half + j, codes[j], halves_of(steps[half], j));
             }
         }
     }
 };
 
-// Signs of 32 weights: of each eight, seven bits, and an eighth that makes their number even.
-DSV4_INLINE uint32_t with_parity(uint32_t signs) {
-    uint32_t sevens = spread_sevens(signs), odd = sevens ^ sevens >> 4;
-    odd ^= odd >> 2;
-    odd ^= odd >> 1;
-    return sevens | (odd & 0x01010101u) << 7;
-}
+// What lies beside the grid's points: of eight blocks the signs, 32 each, and the scales (2n + 1) * d with n in the top bits.
+struct SignsAndScales {
+    alignas(32) uint32_t signs[8];
+    f32x8 factors;
+
+    template <class Sink>
+    DSV4_INLINE SignsAndScales(u32x8 words, float d, int64_t k, Sink& sink) {
+        // Of each eight signs seven are stored, and the eighth makes the number of those that are minus even.
+        u32x8 sevens = (words & 0x7fu) | (words << 1 & 0x7f00u) | (words << 2 & 0x7f0000u) | (words << 3 & 0x7f000000u);
+        u32x8 odd = sevens ^ sevens >> 4;
+        odd ^= odd >> 2;
+        odd ^= odd >> 1;
+        store_apart(signs, sevens | (odd & 0x01010101u) << 7);
+        f32x8 scales = to_float(bits<i32x8>(words >> 28 << 1 | 1)) * splat(d);
+        factors = sink.scaled(k, scales);
+    }
+};
 
 struct IQ2_XXSFormat {
     static constexpr bool HALVES = false, SPLIT = false;
-    static constexpr int LOW = 0;
+    static constexpr int LOW = 0, ABOVE = 0;
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         const uint8_t* b = row.data;
         for (int64_t s = 0; s < cols / 256; ++s, b += 66) {
-            float d = 0.125f * half_at(b);
+            SignsAndScales beside(odd_lanes(b + 2), 0.125f * half_at(b), 8 * s, sink);
 #pragma GCC unroll 8
             for (int j = 0; j < 8; ++j) {
                 const uint8_t* p = b + 2 + 8 * j;
-                uint32_t signs = load<uint32_t>(p + 4);
                 u64x4 sizes = {grid_iq2_xxs[p[0]], grid_iq2_xxs[p[1]], grid_iq2_xxs[p[2]], grid_iq2_xxs[p[3]]};
-                sink.put_signed(8 * s + j, bits<u8x32>(sizes), with_parity(signs), d * ODD[signs >> 28]);
+                sink.put_signed(8 * s + j, bits<u8x32>(sizes), beside.signs[j], sink.one_of(beside.factors, j));
             }
         }
     }
@@ -259,20 +263,19 @@ struct IQ2_XXSFormat {
 
 struct IQ3_XXSFormat {
     static constexpr bool HALVES = false, SPLIT = false;
-    static constexpr int LOW = 0;
+    static constexpr int LOW = 0, ABOVE = 0;
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         const uint8_t* b = row.data;
         for (int64_t s = 0; s < cols / 256; ++s, b += 98) {
-            float d = 0.25f * half_at(b);
+            SignsAndScales beside(load<u32x8>(b + 66), 0.25f * half_at(b), 8 * s, sink);
 #pragma GCC unroll 8
             for (int j = 0; j < 8; ++j) {
                 const uint8_t* p = b + 2 + 8 * j;
-                uint32_t signs = load<uint32_t>(b + 66 + 4 * j);
                 u32x8 sizes = {grid_iq3_xxs[p[0]], grid_iq3_xxs[p[1]], grid_iq3_xxs[p[2]], grid_iq3_xxs[p[3]],
                                grid_iq3_xxs[p[4]], grid_iq3_xxs[p[5]], grid_iq3_xxs[p[6]], grid_iq3_xxs[p[7]]};
-                sink.put_signed(8 * s + j, bits<u8x32>(sizes), with_parity(signs), d * ODD[signs >> 28]);
+                sink.put_signed(8 * s + j, bits<u8x32>(sizes), beside.signs[j], sink.one_of(beside.factors, j));
             }
         }
     }

@@ -24,42 +24,67 @@ Row row_of(const Weight& w, int64_t row) {
     return {w.data + row * w.row_bytes, scales, w.float_scales != 0};
 }
 
-// Spread first: numbers that come from memory are spread on the way.
-DSV4_INLINE f32x8 times(float scale, float d) { return splat(scale) * splat(d); }
-DSV4_INLINE f32x8 times(f32x8 scale, float d) { return scale * splat(d); }
+// Scales of weights, as a sink that keeps rows of weights wants them.
+struct AsTheyAre {
+    DSV4_INLINE float scaled(int64_t, float scale) const { return scale; }
+    DSV4_INLINE f32x8 scaled(int64_t, f32x8 scales) const { return scales; }
+    DSV4_INLINE f32x8 scaled_halves(int64_t, f32x8 scales) const { return scales; }
+    DSV4_INLINE float one_of(f32x8 scales, int j) const { return scales[j]; }
+};
+
+DSV4_INLINE f32x8 spread(float factor) { return splat(factor); }
+DSV4_INLINE f32x8 spread(f32x8 factor) { return factor; }
 
 // One token's row of bytes.
 struct Bytes {
     const int8_t* q;
     const float *d, *sums;
+    const int32_t* above;
 
     template <class F>
     static Bytes of(const Activations& x, int64_t row) {
         const float* sums = F::LOW == 16 ? x.sum16 + row * (x.cols / 16) : x.sum32 + row * (x.cols / 32);
-        return {x.q + row * x.cols, x.d + row * (x.cols / 32), F::LOW ? sums : nullptr};
+        return {x.q + row * x.cols, x.d + row * (x.cols / 32), F::LOW ? sums : nullptr,
+                x.above ? x.above + row * (x.cols / 4) : nullptr};
     }
 };
 
 // Two sums, for even and odd blocks: a single one would have to wait for itself.
+//
+// What bytes are too great by comes off before the products are summed, as whole numbers (LOWERED: it is at hand).
+template <int ABOVE, bool LOWERED>
 struct Dot {
     Bytes a;
     f32x8 even = {}, odd = {}, below = {};
 
-    DSV4_INLINE void add(int64_t k, i32x8 products, f32x8 scale) {
+    DSV4_INLINE void add(int64_t k, i32x8 products, f32x8 factor) {
         if (k & 1)
-            odd = fma(to_float(products), scale, odd);
+            odd = fma(to_float(products), factor, odd);
         else
-            even = fma(to_float(products), scale, even);
+            even = fma(to_float(products), factor, even);
     }
     DSV4_INLINE i8x32 block(int64_t k) const { return load<i8x32>(a.q + 32 * k); }
 
+    // Numbers that come from memory are spread on the way, so both are before they meet.
+    DSV4_INLINE f32x8 scaled(int64_t k, float scale) const { return splat(scale) * splat(a.d[k]); }
+    DSV4_INLINE f32x8 scaled(int64_t k, f32x8 scales) const { return scales * load<f32x8>(a.d + k); }
+    DSV4_INLINE f32x8 scaled_halves(int64_t k, f32x8 scales) const { return scales * twice(a.d + k); }
+    DSV4_INLINE f32x8 one_of(f32x8 factors, int j) const { return lane(factors, j); }
+
     template <class S>
-    DSV4_INLINE void put(int64_t k, i8x32 w, S scale) { add(k, dot(w, block(k)), times(scale, a.d[k])); }
+    DSV4_INLINE void put(int64_t k, i8x32 w, S factor) { add(k, dot(w, block(k)), spread(factor)); }
     template <class S>
-    DSV4_INLINE void put_unsigned(int64_t k, u8x32 w, S scale) { add(k, dot_unsigned(w, block(k)), times(scale, a.d[k])); }
+    DSV4_INLINE void put_unsigned(int64_t k, u8x32 w, S factor) { add(k, dot_unsigned(w, block(k)), spread(factor)); }
     template <class S>
-    DSV4_INLINE void put_signed(int64_t k, u8x32 size, uint32_t minus, S scale) {
-        add(k, dot_unsigned(size, negate(block(k), minus)), times(scale, a.d[k]));
+    DSV4_INLINE void put_above(int64_t k, u8x32 w, S factor) {
+        if constexpr (LOWERED)
+            add(k, dot_unsigned(w, block(k), load<i32x8>(a.above + 8 * k)), spread(factor));
+        else
+            put(k, i8x32(w - uint8_t(ABOVE)), factor);
+    }
+    template <class S>
+    DSV4_INLINE void put_signed(int64_t k, u8x32 size, uint32_t minus, S factor) {
+        add(k, dot_unsigned(size, negate(block(k), minus)), spread(factor));
     }
     DSV4_INLINE void low(int64_t i, f32x8 m) { below = fma(m, load<f32x8>(a.sums + 8 * i), below); }
     float total() const { return sum(even + odd) - sum(below); }
@@ -73,7 +98,7 @@ template <class F>
 struct Tile {
     using Scale = std::conditional_t<F::HALVES, f32x8, float>;
 
-    struct Sink {
+    struct Sink : AsTheyAre {
         int8_t* w;
         uint8_t* sizes;
         Scale* scales;
@@ -85,6 +110,7 @@ struct Tile {
             store(scales + k, scale);
         }
         DSV4_INLINE void put_unsigned(int64_t k, u8x32 v, Scale scale) { put(k, i8x32(v), scale); }
+        DSV4_INLINE void put_above(int64_t k, u8x32 v, Scale scale) { put(k, i8x32(v - uint8_t(F::ABOVE)), scale); }
         DSV4_INLINE void put_signed(int64_t k, u8x32 size, uint32_t minus, Scale scale) {
             put(k, negate(i8x32(size), minus), scale);
         }
@@ -105,7 +131,7 @@ struct Tile {
 
     void unpack(const Weight& weight, int64_t first, int rows) {
         for (int r = 0; r < rows; ++r) {
-            Sink sink{w + r * cols, sizes + r * cols, scales + r * padded, lows + r * groups};
+            Sink sink{{}, w + r * cols, sizes + r * cols, scales + r * padded, lows + r * groups};
             F::visit(row_of(weight, first + r), cols, sink);
         }
     }
@@ -145,7 +171,7 @@ private:
             for (int t = 0; t < TOKENS; ++t) {
                 f32x8 products = to_float(dot(size, v, block[t]));
                 if constexpr (F::HALVES)
-                    sums[t][r] = fma(products, times(scales[row * padded + k], a[t].d[k]), sums[t][r]);
+                    sums[t][r] = fma(products, scales[row * padded + k] * splat(a[t].d[k]), sums[t][r]);
                 else
                     sums[t][r] = fma(products, splat(factors[(t * TILE + row) * padded + k]), sums[t][r]);
             }
@@ -185,15 +211,23 @@ DSV4_INLINE void meet(Tile<F>& tile, int rows, const Activations& x, const Picke
     for (int t = 0; t < TOKENS; ++t) std::copy(found[t], found[t] + rows, y + (i + t) * y_stride);
 }
 
+template <class F, bool LOWERED>
+DSV4_INLINE float dot_of(const Row& row, int64_t cols, const Bytes& a) {
+    Dot<F::ABOVE, LOWERED> dot{a};
+    F::visit(row, cols, dot);
+    return dot.total();
+}
+
 template <class F>
 void multiply_bytes(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
                     int64_t y_stride) {
     if (picked.count <= FEW) {
         for (int64_t row = begin; row < end; ++row)
             for (int64_t i = 0; i < picked.count; ++i) {
-                Dot dot{Bytes::of<F>(x, picked[i])};
-                F::visit(row_of(weight, row), weight.cols, dot);
-                y[i * y_stride + row - begin] = dot.total();
+                Bytes a = Bytes::of<F>(x, picked[i]);
+                Row packed = row_of(weight, row);
+                y[i * y_stride + row - begin] =
+                    F::ABOVE && a.above ? dot_of<F, true>(packed, weight.cols, a) : dot_of<F, false>(packed, weight.cols, a);
             }
         return;
     }
@@ -268,7 +302,7 @@ void multiply_floats(const Weight& w, int64_t begin, int64_t end, const Activati
 // ---- Byte formats whose products may not round the activations: each row is widened to floats ----
 
 template <class F>
-struct Floats {
+struct Floats : AsTheyAre {
     float *row, *lows;  // [cols], [cols / LOW]
 
     template <class S>
@@ -281,6 +315,8 @@ struct Floats {
     }
     template <class S>
     DSV4_INLINE void put_unsigned(int64_t k, u8x32 w, S scale) { put(k, i8x32(w), scale); }
+    template <class S>
+    DSV4_INLINE void put_above(int64_t k, u8x32 w, S scale) { put(k, i8x32(w - uint8_t(F::ABOVE)), scale); }
     template <class S>
     DSV4_INLINE void put_signed(int64_t k, u8x32 size, uint32_t minus, S scale) { put(k, negate(i8x32(size), minus), scale); }
     DSV4_INLINE void low(int64_t i, f32x8 m) { store(lows + 8 * i, m); }
@@ -300,7 +336,7 @@ void multiply_exactly(const Weight& weight, int64_t begin, int64_t end, const Ac
                       int64_t y_stride) {
     thread_local std::vector<float> memory;
     memory.resize(std::max(memory.size(), size_t(2 * weight.cols)));
-    Floats<F> floats{memory.data(), memory.data() + weight.cols};
+    Floats<F> floats{{}, memory.data(), memory.data() + weight.cols};
     Weight one{reinterpret_cast<const uint8_t*>(floats.row), nullptr, 1, weight.cols, weight.cols * 4, 0, F32, 0, 0};
     for (int64_t row = begin; row < end; ++row) {
         F::visit(row_of(weight, row), weight.cols, floats);
@@ -316,11 +352,11 @@ struct Kind {
     Multiply *usual, *exact;
 };
 
-constexpr Wants AS_THEY_ARE = {false, false, false};
+constexpr Wants AS_THEY_ARE = {false, false, false, 0};
 
 template <class F>
 constexpr Kind bytes() {
-    return {{true, F::SPLIT, F::LOW != 0}, multiply_bytes<F>, multiply_exactly<F>};
+    return {{true, F::SPLIT, F::LOW != 0, F::ABOVE}, multiply_bytes<F>, multiply_exactly<F>};
 }
 
 template <class F>

@@ -57,6 +57,42 @@ DSV4_INLINE f32x8 splat(float low, float high) {
 #endif
 }
 
+// Two lanes of eight, each four times: those of half j.
+DSV4_INLINE f32x8 halves_of(f32x8 v, int j) {
+#if DSV4_AVX2
+    return f32x8(_mm256_permutevar8x32_ps(__m256(v), _mm256_set_m128i(_mm_set1_epi32(2 * j + 1), _mm_set1_epi32(2 * j))));
+#else
+    return splat(v[2 * j], v[2 * j + 1]);
+#endif
+}
+
+// Lane j of eight, eight times.
+DSV4_INLINE f32x8 lane(f32x8 v, int j) {
+#if DSV4_AVX2
+    return f32x8(_mm256_permutevar8x32_ps(__m256(v), _mm256_set1_epi32(j)));
+#else
+    return splat(v[j]);
+#endif
+}
+
+// Four numbers, each twice.
+DSV4_INLINE f32x8 twice(const float* from) {
+#if DSV4_AVX2
+    const __m256i places = _mm256_set_epi32(3, 3, 2, 2, 1, 1, 0, 0);
+    return f32x8(_mm256_permutevar8x32_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(from)), places));
+#else
+    return f32x8{from[0], from[0], from[1], from[1], from[2], from[2], from[3], from[3]};
+#endif
+}
+
+// Stores v where it will be read one by one. The compiler may not see through it: it would take lanes out of a register, at two
+// or three instructions each, where a number from memory comes spread for nothing.
+template <class T, class V>
+DSV4_INLINE void store_apart(T* to, V v) {
+    store(to, v);
+    __asm__ volatile("" : "+m"(*reinterpret_cast<V*>(to)));
+}
+
 template <class To, class From>
 DSV4_INLINE To bits(From v) {
     static_assert(sizeof(To) == sizeof(From), "same size");
@@ -141,7 +177,7 @@ DSV4_INLINE f32x8 e4m3_at(const void* from) {
     return bits<f32x8>((code << 20) & int32_t(0x87f00000u)) * splat(0x1p120f);  // the sign was spread to all bits above it
 }
 
-// Small numbers as floats without a conversion: 2^(e - 127) of E8M0 (255 means NaN) or half of it, and 1 + 2n.
+// 2^(e - 127) of E8M0 (255 means NaN), or half of it, without a conversion.
 struct Powers {
     float of[256];
 
@@ -155,7 +191,6 @@ struct Powers {
 };
 
 inline constexpr Powers E8M0(0x1p-127f), HALF_E8M0(0x1p-128f);
-inline constexpr float ODD[16] = {1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
 
 DSV4_INLINE float e8m0(uint8_t exponent) { return E8M0.of[exponent]; }
 
@@ -183,16 +218,24 @@ DSV4_INLINE f32x8 exp(f32x8 x) {
 
 // ---- Bytes ----
 
+// Whether all eight bits of unsigned bytes may be used in products; else seven, lest sums of two overflow 16 bits.
+#if DSV4_VNNI
+constexpr bool WIDE_BYTES = true;
+#else
+constexpr bool WIDE_BYTES = false;
+#endif
+
 constexpr uint64_t SPREAD = 0x0101010101010101u;  // times a byte: eight of it
 
-// Products summed in fours: lane i gains w[4i..4i+3] . a[4i..4i+3]. No w is above 127, no a is -128.
-DSV4_INLINE i32x8 dot_unsigned(u8x32 w, i8x32 a) {
+// Products summed in fours: to lane i of `onto` comes w[4i..4i+3] . a[4i..4i+3]. No w is above 127 but with WIDE_BYTES, no a is
+// -128.
+DSV4_INLINE i32x8 dot_unsigned(u8x32 w, i8x32 a, i32x8 onto = i32x8{}) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && DSV4_AVX2
-    return i32x8(_mm256_dpbusd_epi32(_mm256_setzero_si256(), __m256i(w), __m256i(a)));
+    return i32x8(_mm256_dpbusd_epi32(__m256i(onto), __m256i(w), __m256i(a)));
 #elif DSV4_VNNI
-    return i32x8(_mm256_dpbusd_avx_epi32(_mm256_setzero_si256(), __m256i(w), __m256i(a)));
+    return i32x8(_mm256_dpbusd_avx_epi32(__m256i(onto), __m256i(w), __m256i(a)));
 #elif DSV4_AVX2
-    return i32x8(_mm256_madd_epi16(_mm256_maddubs_epi16(__m256i(w), __m256i(a)), _mm256_set1_epi16(1)));
+    return onto + i32x8(_mm256_madd_epi16(_mm256_maddubs_epi16(__m256i(w), __m256i(a)), _mm256_set1_epi16(1)));
 #elif DSV4_NEON
     int8x16_t w0 = load<int8x16_t>(&w), w1 = load<int8x16_t>(reinterpret_cast<const char*>(&w) + 16);
     int8x16_t a0 = load<int8x16_t>(&a), a1 = load<int8x16_t>(reinterpret_cast<const char*>(&a) + 16);
@@ -205,12 +248,12 @@ DSV4_INLINE i32x8 dot_unsigned(u8x32 w, i8x32 a) {
     };
     int32x4_t parts[2] = {fours(w0, a0), fours(w1, a1)};
 #endif
-    return load<i32x8>(parts);
+    return onto + load<i32x8>(parts);
 #else
     i16x32 products = __builtin_convertvector(i8x32(w), i16x32) * __builtin_convertvector(a, i16x32);
-    i32x8 sums;
+    i32x8 sums = onto;
     for (int i = 0; i < 8; ++i)
-        sums[i] = products[4 * i] + products[4 * i + 1] + products[4 * i + 2] + products[4 * i + 3];
+        sums[i] += products[4 * i] + products[4 * i + 1] + products[4 * i + 2] + products[4 * i + 3];
     return sums;
 #endif
 }
@@ -261,28 +304,15 @@ DSV4_INLINE i8x32 negate(i8x32 a, uint32_t which) {
 #endif
 }
 
-// Seven bits in each byte of four, from 28 bits in a row.
-DSV4_INLINE uint32_t spread_sevens(uint32_t v) {
-#if DSV4_AVX2 && defined(__BMI2__)
-    return _pdep_u32(v, 0x7f7f7f7fu);
-#else
-    return (v & 0x7fu) | (v << 1 & 0x7f00u) | (v << 2 & 0x7f0000u) | (v << 3 & 0x7f000000u);
-#endif
-}
-
-// table[index] for 32 indices below 16.
-DSV4_INLINE i8x32 look_up(i8x16 table, u8x32 index) {
+// The second, fourth, ... of sixteen numbers in a row.
+DSV4_INLINE u32x8 odd_lanes(const uint8_t* from) {
 #if DSV4_AVX2
-    return i8x32(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(__m128i(table)), __m256i(index)));
-#elif DSV4_NEON
-    int8x16_t t = load<int8x16_t>(&table);
-    int8x16_t parts[2] = {vqtbl1q_s8(t, load<uint8x16_t>(&index)),
-                          vqtbl1q_s8(t, load<uint8x16_t>(reinterpret_cast<const char*>(&index) + 16))};
-    return load<i8x32>(parts);
+    __m256 picked = _mm256_shuffle_ps(load<__m256>(from), load<__m256>(from + 32), 0xdd);
+    return u32x8(_mm256_permute4x64_epi64(_mm256_castps_si256(picked), 0xd8));
 #else
-    i8x32 found;
-    for (int i = 0; i < 32; ++i) found[i] = table[index[i] & 15];
-    return found;
+    u32x8 v;
+    for (int i = 0; i < 8; ++i) v[i] = load<uint32_t>(from + 8 * i + 4);
+    return v;
 #endif
 }
 
@@ -295,6 +325,34 @@ DSV4_INLINE u8x32 nibbles(const uint8_t* from) {
 #else
     u8x16 pairs = load<u8x16>(from), parts[2] = {pairs & 15, pairs >> 4};
     return load<u8x32>(parts);
+#endif
+}
+
+// table[index] for 32 indices below 16.
+DSV4_INLINE u8x32 look_up(u8x16 table, u8x32 index) {
+#if DSV4_AVX2
+    return u8x32(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(__m128i(table)), __m256i(index)));
+#elif DSV4_NEON
+    uint8x16_t t = load<uint8x16_t>(&table);
+    uint8x16_t parts[2] = {vqtbl1q_u8(t, load<uint8x16_t>(&index)),
+                           vqtbl1q_u8(t, load<uint8x16_t>(reinterpret_cast<const char*>(&index) + 16))};
+    return load<u8x32>(parts);
+#else
+    u8x32 found;
+    for (int i = 0; i < 32; ++i) found[i] = table[index[i] & 15];
+    return found;
+#endif
+}
+
+// table[nibble] for the low nibbles of 16 bytes, then for their high ones.
+DSV4_INLINE u8x32 look_up_nibbles(u8x16 table, const uint8_t* from) {
+#if DSV4_AVX2 && defined(__AVX512VBMI__) && defined(__AVX512VL__)
+    // Looks at five bits of each byte; with the table twice in a row it does not matter what the fifth is.
+    const __m256i down = _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0);
+    __m256i nibbles = _mm256_srlv_epi32(_mm256_broadcastsi128_si256(load<__m128i>(from)), down);
+    return u8x32(_mm256_maskz_permutexvar_epi8(~0u, nibbles, _mm256_broadcastsi128_si256(__m128i(table))));
+#else
+    return look_up(table, nibbles(from));
 #endif
 }
 
