@@ -9,13 +9,11 @@
 // Layouts are those of GGUF and of the official checkpoints; see the decoders in dsv4_quant.formats.
 #pragma once
 
+#include "grids.h"
 #include "simd.h"
 #include "weight.h"
 
 namespace dsv4 {
-
-extern uint64_t grid_iq2_xxs[256];  // eight magnitudes each
-extern uint32_t grid_iq3_xxs[256];  // four magnitudes each
 
 struct Row {
     const uint8_t* data;
@@ -224,23 +222,40 @@ struct Q2_KFormat {
     }
 };
 
-// What lies beside the grid's points: of eight blocks the signs, 32 each, and the scales (2n + 1) * d with n in the top bits.
-struct SignsAndScales {
+// Eight blocks of an IQ format, ready to be met: sizes of weights, signs (32 bits a block), factors.
+template <class Sizes>
+struct Prepared {
+    Sizes sizes;
     alignas(32) uint32_t signs[8];
-    f32x8 factors;
+    alignas(32) float factors[8];
 
+    // words: of each block the signs and, in the four bits above them, n of its scale (2n + 1) * d.
     template <class Sink>
-    DSV4_INLINE SignsAndScales(u32x8 words, float d, int64_t k, Sink& sink) {
+    DSV4_INLINE void set(const uint8_t* codes, u32x8 words, float d, int64_t k, Sink& sink) {
+        sizes.set(codes);
         // Of each eight signs seven are stored, and the eighth makes the number of those that are minus even.
         u32x8 sevens = (words & 0x7fu) | (words << 1 & 0x7f00u) | (words << 2 & 0x7f0000u) | (words << 3 & 0x7f000000u);
         u32x8 odd = sevens ^ sevens >> 4;
         odd ^= odd >> 2;
         odd ^= odd >> 1;
         store_apart(signs, sevens | (odd & 0x01010101u) << 7);
-        f32x8 scales = to_float(bits<i32x8>(words >> 28 << 1 | 1)) * splat(d);
-        factors = sink.scaled(k, scales);
+        store_apart(factors, sink.scaled(k, to_float(bits<i32x8>(words >> 28 << 1 | 1)) * splat(d)));
     }
 };
+
+// Walks a row of `count` times eight blocks; prepare(s, to) makes them ready. From codes to sizes is a long way, which the
+// processor goes for the next eight while it multiplies these.
+template <class Sizes, class Sink, class Prepare>
+DSV4_INLINE void visit_prepared(int64_t count, Sink& sink, Prepare&& prepare) {
+    Prepared<Sizes> two[2];
+    if (count > 0) prepare(0, two[0]);
+    for (int64_t s = 0; s < count; ++s) {
+        if (s + 1 < count) prepare(s + 1, two[(s + 1) & 1]);
+        const Prepared<Sizes>& now = two[s & 1];
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j) sink.put_signed(8 * s + j, now.sizes.of_block(j), now.signs[j], now.factors[j]);
+    }
+}
 
 struct IQ2_XXSFormat {
     static constexpr bool HALVES = false, SPLIT = false;
@@ -248,16 +263,10 @@ struct IQ2_XXSFormat {
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
-        const uint8_t* b = row.data;
-        for (int64_t s = 0; s < cols / 256; ++s, b += 66) {
-            SignsAndScales beside(odd_lanes(b + 2), 0.125f * half_at(b), 8 * s, sink);
-#pragma GCC unroll 8
-            for (int j = 0; j < 8; ++j) {
-                const uint8_t* p = b + 2 + 8 * j;
-                u64x4 sizes = {grid_iq2_xxs[p[0]], grid_iq2_xxs[p[1]], grid_iq2_xxs[p[2]], grid_iq2_xxs[p[3]]};
-                sink.put_signed(8 * s + j, bits<u8x32>(sizes), beside.signs[j], sink.one_of(beside.factors, j));
-            }
-        }
+        visit_prepared<IQ2Sizes>(cols / 256, sink, [&](int64_t s, Prepared<IQ2Sizes>& to) {
+            const uint8_t* b = row.data + 66 * s;
+            to.set(b + 2, odd_lanes(b + 2), 0.125f * half_at(b), 8 * s, sink);
+        });
     }
 };
 
@@ -267,17 +276,10 @@ struct IQ3_XXSFormat {
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
-        const uint8_t* b = row.data;
-        for (int64_t s = 0; s < cols / 256; ++s, b += 98) {
-            SignsAndScales beside(load<u32x8>(b + 66), 0.25f * half_at(b), 8 * s, sink);
-#pragma GCC unroll 8
-            for (int j = 0; j < 8; ++j) {
-                const uint8_t* p = b + 2 + 8 * j;
-                u32x8 sizes = {grid_iq3_xxs[p[0]], grid_iq3_xxs[p[1]], grid_iq3_xxs[p[2]], grid_iq3_xxs[p[3]],
-                               grid_iq3_xxs[p[4]], grid_iq3_xxs[p[5]], grid_iq3_xxs[p[6]], grid_iq3_xxs[p[7]]};
-                sink.put_signed(8 * s + j, bits<u8x32>(sizes), beside.signs[j], sink.one_of(beside.factors, j));
-            }
-        }
+        visit_prepared<IQ3Sizes>(cols / 256, sink, [&](int64_t s, Prepared<IQ3Sizes>& to) {
+            const uint8_t* b = row.data + 98 * s;
+            to.set(b + 2, load<u32x8>(b + 66), 0.25f * half_at(b), 8 * s, sink);
+        });
     }
 };
 

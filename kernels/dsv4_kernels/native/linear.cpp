@@ -35,10 +35,10 @@ void linear(const float* x, int64_t tokens, int64_t groups, const Weight& weight
 
 }  // namespace
 
-// The look-up tables of the IQ formats.
-DSV4_API void dsv4_set_grids(const uint64_t* iq2_xxs, const uint32_t* iq3_xxs) {
-    std::memcpy(grid_iq2_xxs, iq2_xxs, sizeof grid_iq2_xxs);
-    std::memcpy(grid_iq3_xxs, iq3_xxs, sizeof grid_iq3_xxs);
+// The look-up tables of the IQ formats: 256 points of eight and of four bytes.
+DSV4_API void dsv4_set_grids(const uint8_t* iq2_xxs, const uint8_t* iq3_xxs) {
+    iq2_xxs_grid.set(iq2_xxs);
+    iq3_xxs_grid.set(iq3_xxs);
 }
 
 // x [tokens, groups, cols], weight [groups * out, cols] -> y [tokens, groups * out].

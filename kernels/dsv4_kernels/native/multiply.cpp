@@ -11,8 +11,8 @@
 
 namespace dsv4 {
 
-uint64_t grid_iq2_xxs[256];
-uint32_t grid_iq3_xxs[256];
+Grid<8, 2> iq2_xxs_grid;
+Grid<4, 3> iq3_xxs_grid;
 
 namespace {
 

@@ -356,6 +356,57 @@ DSV4_INLINE u8x32 look_up_nibbles(u8x16 table, const uint8_t* from) {
 #endif
 }
 
+// A table of 16 bits for each byte.
+struct Codes {
+    alignas(64) uint8_t low[256], high[256];
+};
+
+#if DSV4_AVX2 && defined(__AVX512VBMI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define DSV4_LOOKS_UP_MANY 1
+
+DSV4_INLINE __m512i look_up_64(const uint8_t* table, __m512i index, __mmask64 upper) {
+    __m512i from_low = _mm512_permutex2var_epi8(load<__m512i>(table), index, load<__m512i>(table + 64));
+    __m512i from_high = _mm512_permutex2var_epi8(load<__m512i>(table + 128), index, load<__m512i>(table + 192));
+    return _mm512_mask_blend_epi8(upper, from_low, from_high);
+}
+
+// The codes of 32 bytes, four of which lie in each even four bytes of 64.
+DSV4_INLINE void look_up_evens(const Codes& codes, const uint8_t* from, uint16_t* to) {
+    // Picking leaves the bytes of blocks 0 1 4 5 in the lower half and 2 3 6 7 in the upper, as interleaving wants them.
+    __m256i picked = __m256i(_mm256_shuffle_ps(load<__m256>(from), load<__m256>(from + 32), 0x88));
+    __m512i index = _mm512_zextsi256_si512(picked);
+    __mmask64 upper = _mm512_movepi8_mask(index);
+    __m256i low = _mm512_castsi512_si256(look_up_64(codes.low, index, upper));
+    __m256i high = _mm512_castsi512_si256(look_up_64(codes.high, index, upper));
+    store_apart(to, _mm256_unpacklo_epi8(low, high));
+    store_apart(to + 16, _mm256_unpackhi_epi8(low, high));
+}
+
+// The codes of 64 bytes in a row.
+DSV4_INLINE void look_up_row(const Codes& codes, const uint8_t* from, uint16_t* to) {
+    __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
+    __m512i index = _mm512_maskz_permutexvar_epi64(0xff, order, load<__m512i>(from));
+    __mmask64 upper = _mm512_movepi8_mask(index);
+    __m512i low = look_up_64(codes.low, index, upper), high = look_up_64(codes.high, index, upper);
+    store_apart(to, _mm512_maskz_unpacklo_epi8(~0ull, low, high));
+    store_apart(to + 32, _mm512_maskz_unpackhi_epi8(~0ull, low, high));
+}
+
+// 32 bytes of `sizes`, chosen by two bits each of four codes; bits above are passed over, since sizes repeat.
+DSV4_INLINE u8x32 sizes_of_fours(const uint16_t* codes, const uint8_t* sizes) {
+    const __m256i places = _mm256_set_epi64x(0x3e3c3a3836343230, 0x2e2c2a2826242220, 0x1e1c1a1816141210, 0x0e0c0a0806040200);
+    __m256i spread = _mm256_maskz_multishift_epi64_epi8(~0u, places, _mm256_set1_epi64x(load<int64_t>(codes)));
+    return u8x32(_mm256_maskz_permutexvar_epi8(~0u, spread, load<__m256i>(sizes)));
+}
+
+// The same by three bits each of eight codes.
+DSV4_INLINE u8x32 sizes_of_eights(const uint16_t* codes, const uint8_t* sizes) {
+    const __m256i places = _mm256_set1_epi64x(0x1916131009060300);
+    __m256i spread = _mm256_maskz_multishift_epi64_epi8(~0u, places, _mm256_cvtepu32_epi64(load<__m128i>(codes)));
+    return u8x32(_mm256_maskz_permutexvar_epi8(~0u, spread, load<__m256i>(sizes)));
+}
+#endif
+
 // Two bits of every byte: (v >> shift) & 3, and the like. Bytes cannot be shifted as such everywhere, wider lanes can.
 template <int SHIFT>
 DSV4_INLINE u8x32 field(u8x32 v, uint8_t mask) {
