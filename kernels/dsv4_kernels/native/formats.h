@@ -233,12 +233,7 @@ struct Prepared {
     template <class Sink>
     DSV4_INLINE void set(const uint8_t* codes, u32x8 words, float d, int64_t k, Sink& sink) {
         sizes.set(codes);
-        // Of each eight signs seven are stored, and the eighth makes the number of those that are minus even.
-        u32x8 sevens = (words & 0x7fu) | (words << 1 & 0x7f00u) | (words << 2 & 0x7f0000u) | (words << 3 & 0x7f000000u);
-        u32x8 odd = sevens ^ sevens >> 4;
-        odd ^= odd >> 2;
-        odd ^= odd >> 1;
-        store_apart(signs, sevens | (odd & 0x01010101u) << 7);
+        store_apart(signs, with_eighths(words));
         store_apart(factors, sink.scaled(k, to_float(bits<i32x8>(words >> 28 << 1 | 1)) * splat(d)));
     }
 };

@@ -356,6 +356,22 @@ DSV4_INLINE u8x32 look_up_nibbles(u8x16 table, const uint8_t* from) {
 #endif
 }
 
+// Four times seven bits of each number, each seven with an eighth that makes the number of ones even.
+DSV4_INLINE u32x8 with_eighths(u32x8 v) {
+#if DSV4_AVX2 && defined(__AVX512VBMI__) && defined(__AVX512BITALG__) && defined(__AVX512VL__)
+    const __m256i places = _mm256_set1_epi64x(0x352e2720150e0700), eighths = _mm256_set1_epi8(char(0x80));
+    __m256i sevens = _mm256_andnot_si256(eighths, _mm256_maskz_multishift_epi64_epi8(~0u, places, __m256i(v)));
+    __m256i odd = _mm256_slli_epi16(_mm256_popcnt_epi8(sevens), 7);
+    return u32x8(sevens | (odd & eighths));
+#else
+    u32x8 sevens = (v & 0x7fu) | (v << 1 & 0x7f00u) | (v << 2 & 0x7f0000u) | (v << 3 & 0x7f000000u);
+    u32x8 odd = sevens ^ sevens >> 4;
+    odd ^= odd >> 2;
+    odd ^= odd >> 1;
+    return sevens | (odd & 0x01010101u) << 7;
+#endif
+}
+
 // A table of 16 bits for each byte.
 struct Codes {
     alignas(64) uint8_t low[256], high[256];
