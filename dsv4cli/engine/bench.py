@@ -51,7 +51,7 @@ class Plan:
 @dataclass(frozen=True)
 class Row:
     """Rates at one depth: medians in tokens per second, None where nothing was asked for. Bytes are those a single token
-    reads, bandwidth (10^9 bytes a second) is measured in the same run, the bound is one over the other."""
+    reads, bandwidth (10^9 bytes a second) is measured before and after the tokens, the bound is one over the other."""
 
     prompt_tokens: int
     gen_tokens: int
@@ -76,14 +76,13 @@ def measure(name: str, plan: Plan, *, numerics: str = "official", threads: int |
                          "Choose a smaller --depth.")
     use_threads(threads, opening.plan_of(source, entry.name, plan.longest, numerics))
     model = Model.bind(source, numerics=numerics)
-    bandwidth = backends.read_bandwidth() if backends.cpu_trouble() is None else None
     for number, depth in enumerate(plan.depths):
         if report:
             report(number, len(plan.depths))
-        yield _row(model, plan, depth, bandwidth)
+        yield _row(model, plan, depth)
 
 
-def _row(model: Model, plan: Plan, depth: int, bandwidth: float | None) -> Row:
+def _row(model: Model, plan: Plan, depth: int) -> Row:
     ids = torch.randint(0, model.config.vocab_size, (plan.longest,), generator=torch.Generator().manual_seed(1))
     state = model.new_state(plan.longest)
     state.reserve(plan.longest)
@@ -92,11 +91,20 @@ def _row(model: Model, plan: Plan, depth: int, bandwidth: float | None) -> Row:
     start, later = state.snapshot(), ids[depth:]
     _decode(model, state, start, later[:WARM_UP])
     prompts = [_prompt(model, state, start, later[:plan.prompt]) for _ in range(plan.repeat if plan.prompt else 0)]
-    decodes = [_decode(model, state, start, later[:plan.gen]) for _ in range(plan.repeat if plan.gen else 0)]
+    speeds, decodes = _bandwidth(), []
+    for _ in range(plan.repeat if plan.gen else 0):
+        decodes.append(_decode(model, state, start, later[:plan.gen]))
+        speeds += _bandwidth()
+    bandwidth = statistics.median(speeds) if speeds else None
     nbytes = bytes_per_token(model, depth)
     return Row(plan.prompt, plan.gen, depth, plan.prompt / statistics.median(prompts) if prompts else None,
                plan.gen / statistics.median(decodes) if decodes else None, nbytes,
                bandwidth / 1e9 if bandwidth else None, bandwidth / nbytes if bandwidth else None)
+
+
+def _bandwidth() -> list[float]:
+    """Of reading memory, now: where others use it too, it changes by the minute. Nothing without kernels to read with."""
+    return [backends.read_bandwidth()] if backends.cpu_trouble() is None else []
 
 
 def _prompt(model: Model, state: State, start: Snapshot, ids: Tensor) -> float:

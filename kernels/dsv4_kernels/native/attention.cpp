@@ -12,7 +12,8 @@ using namespace dsv4;
 
 namespace {
 
-constexpr int HEADS = 4;  // that go together
+constexpr int HEADS = 4;       // that go together
+constexpr int64_t KEYS = 64;   // that are gathered together
 
 struct Problem {
     const float* q;  // [t, heads, d]
@@ -88,12 +89,12 @@ DSV4_INLINE float exponents(float* scores, int64_t count, int64_t stride, float 
     return sum(total) + exp(splat(sink - most))[0];
 }
 
-// out[h] = sum of shares[h][key] * key over all keys, for 8 * VECTORS columns from c on.
+// Adds to out[h] the sum of shares[h][key] * key over `count` keys, for 8 * VECTORS columns from c on.
 template <class T, int VECTORS>
-DSV4_INLINE void gather(const std::vector<const uint8_t*>& keys, const float* shares, int64_t stride, int64_t c, int64_t d,
-                        int heads, const float* inverse, float* out) {
+DSV4_INLINE void gather(const uint8_t* const* keys, int64_t count, const float* shares, int64_t stride, int64_t c, int64_t d,
+                        int heads, float* out) {
     f32x8 sums[HEADS][VECTORS] = {};
-    for (int64_t i = 0; i < int64_t(keys.size()); ++i) {
+    for (int64_t i = 0; i < count; ++i) {
         f32x8 key[VECTORS];
         for (int v = 0; v < VECTORS; ++v) key[v] = T::eight(keys[i] + (c + 8 * v) * T::BYTES);
         for (int h = 0; h < HEADS; ++h) {
@@ -102,7 +103,25 @@ DSV4_INLINE void gather(const std::vector<const uint8_t*>& keys, const float* sh
         }
     }
     for (int h = 0; h < heads; ++h)
-        for (int v = 0; v < VECTORS; ++v) store(out + h * d + c + 8 * v, sums[h][v] * splat(inverse[h]));
+        for (int v = 0; v < VECTORS; ++v) {
+            float* to = out + h * d + c + 8 * v;
+            store(to, load<f32x8>(to) + sums[h][v]);
+        }
+}
+
+// The same for all columns. So few keys at a time that they stay in the cache while the columns are gone through.
+template <class T>
+void gather_some(const uint8_t* const* keys, int64_t count, const float* shares, int64_t stride, int64_t d, int heads,
+                 float* out) {
+    int64_t c = 0;
+    for (; c + 16 <= d; c += 16) gather<T, 2>(keys, count, shares, stride, c, d, heads, out);
+    if (c + 8 <= d) {
+        gather<T, 1>(keys, count, shares, stride, c, d, heads, out);
+        c += 8;
+    }
+    for (; c < d; ++c)
+        for (int h = 0; h < heads; ++h)
+            for (int64_t key = 0; key < count; ++key) out[h * d + c] += shares[h * stride + key] * T::one(keys[key] + c * T::BYTES);
 }
 
 // Heads first .. first + heads (at most HEADS) of token i, whose keys have been found.
@@ -125,18 +144,11 @@ void attend(const Problem& p, int64_t i, int64_t first, int heads) {
         inverse[h] = 1.0f / exponents(scores + h * stride, count, stride, h < heads ? p.sink[first + h] : 0.0f);
 
     float* out = p.out + (i * p.heads + first) * d;
-    int64_t c = 0;
-    for (; c + 16 <= d; c += 16) gather<T, 2>(keys, scores, stride, c, d, heads, inverse, out);
-    if (c + 8 <= d) {
-        gather<T, 1>(keys, scores, stride, c, d, heads, inverse, out);
-        c += 8;
-    }
-    for (; c < d; ++c)
-        for (int h = 0; h < heads; ++h) {
-            float total = 0;
-            for (int64_t key = 0; key < count; ++key) total += scores[h * stride + key] * T::one(keys[key] + c * T::BYTES);
-            out[h * d + c] = total * inverse[h];
-        }
+    std::fill(out, out + heads * d, 0.0f);
+    for (int64_t key = 0; key < count; key += KEYS)
+        gather_some<T>(keys.data() + key, std::min(KEYS, count - key), scores + key, stride, d, heads, out);
+    for (int h = 0; h < heads; ++h)
+        for (int64_t c = 0; c < d; ++c) out[h * d + c] *= inverse[h];
 }
 
 template <class T>

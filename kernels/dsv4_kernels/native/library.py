@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import statistics
 import time
 from functools import cache
 from pathlib import Path
@@ -127,11 +128,11 @@ def _set_threads(library: ctypes.CDLL, count: int) -> None:
 
 
 def read_bandwidth(nbytes: int = 1 << 30, tries: int = 5) -> float:
-    """Bytes per second that all threads together read from memory: the best of some tries over a buffer of `nbytes`."""
+    """Bytes per second that all threads together read from memory: the median of some tries over a buffer of `nbytes`."""
     buffer, total = torch.ones(nbytes // 64 * 64, dtype=torch.uint8), ctypes.c_int64()
-    best = float("inf")
+    seconds = []
     for _ in range(tries):
         began = time.perf_counter()
         load().dsv4_read(buffer.data_ptr(), len(buffer), ctypes.byref(total))
-        best = min(best, time.perf_counter() - began)
-    return len(buffer) / best
+        seconds.append(time.perf_counter() - began)
+    return len(buffer) / statistics.median(seconds)
