@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dsv4_quant.formats import grids, signed_grid
 from dsv4_quant.formats.base import Format
-from dsv4_quant.formats.signed_grid import BLOCK, Coded, Layout
+from dsv4_quant.formats.blocks import BLOCK
+from dsv4_quant.formats.signed_grid import Coded, Layout
 
 BLOCK_BYTES = 74
 _GRID = signed_grid.three_levels(grids.iq2_xs())

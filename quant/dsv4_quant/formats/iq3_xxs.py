@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dsv4_quant.formats import grids, signed_grid
 from dsv4_quant.formats.base import Format
+from dsv4_quant.formats.blocks import BLOCK
 from dsv4_quant.formats.nearest import Grid
-from dsv4_quant.formats.signed_grid import BLOCK, Coded, Layout
+from dsv4_quant.formats.signed_grid import Coded, Layout
 
 BLOCK_BYTES = 98
 

@@ -14,17 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dsv4_quant.formats.blocks import SMALLEST, fold
+
 EXACT = 2**24  # float32 holds every whole number up to here
-SMALLEST = 1e-30
 _CHUNK = {"cpu": 2**19, "cuda": 2**24}  # costs at a time: what stays in a cache, or fills a GPU
-
-
-def fold(values: Tensor) -> Tensor:
-    """The sum over the first dimension, a power of two, by halves: the same bits wherever a column lies."""
-    while values.shape[0] > 1:
-        half = values.shape[0] // 2
-        values = values[:half] + values[half:]
-    return values[0]
 
 
 @dataclass(frozen=True)
@@ -65,8 +58,8 @@ class Grid:
         self._room = EXACT // self.points - 2 - float(largest.sum()) * self.elements / 2
         chosen = table[:, codes.long()].transpose(1, 2).reshape(-1, self.points) * self.points
         products = torch.cat([chosen, torch.arange(self.points, dtype=torch.float32)[None]])
-        values = torch.tensor(levels, dtype=torch.float32)[codes.long()].t().contiguous()
-        self._tables = {torch.device("cpu"): (products, values)}
+        values = torch.tensor(levels, dtype=torch.float32)[codes.long()]
+        self._tables = {torch.device("cpu"): (products, values.t().contiguous(), values)}
 
     def nearest(self, vectors: Vectors, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(cost, point), float32 and int64 [...], of the point p with the least sum of w (x - scale p)^2.
@@ -93,7 +86,7 @@ class Grid:
         return self._minimum(columns.flatten(1)).view(w.shape[1:])
 
     def _minimum(self, columns: Tensor) -> Tensor:
-        products, _ = self._on(columns.device)
+        products = self._on(columns.device)[0]
         size = _CHUNK[columns.device.type] // self.points
         count = columns.shape[1]
         best = torch.empty(count, device=columns.device)
@@ -107,15 +100,15 @@ class Grid:
 
     def values(self, points: Tensor) -> Tensor:
         """float32 [elements, ...] of points [...]."""
-        return self._on(points.device)[1][:, points]
+        return self._on(points.device)[1].index_select(1, points.flatten()).unflatten(1, points.shape)
 
     def rows(self, points: Tensor) -> Tensor:
         """float32 [..., elements] of points [...]."""
-        return self._on(points.device)[1].t()[points.long()]
+        return self._on(points.device)[2].index_select(0, points.flatten().int()).unflatten(0, points.shape)
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(products [features, points], values [elements, points]) where they are needed."""
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Where they are needed: products [features, points], values [elements, points] and [points, elements]."""
         if device not in self._tables:
-            products, values = self._tables[torch.device("cpu")]
-            self._tables[device] = products.to(device), values.to(device)
+            first, second, third = self._tables[torch.device("cpu")]
+            self._tables[device] = first.to(device), second.to(device), third.to(device)
         return self._tables[device]

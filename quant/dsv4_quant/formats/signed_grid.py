@@ -7,24 +7,22 @@ among eight is even.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsv4_quant.formats.nearest import SMALLEST, Grid, Vectors, fold
+from dsv4_quant.formats import blocks
+from dsv4_quant.formats.blocks import BLOCK, LARGEST_HALF, SMALLEST, fold
+from dsv4_quant.formats.nearest import Grid, Vectors
 
-BLOCK = 256
 TOP = 31  # the largest odd multiple that four bits make
-_LARGEST_HALF = 65504.0
-_LEAST_WEIGHT = 1e-6  # of the largest in the block: what nobody weighs shall still be approximated
-_PIECE = {"cpu": 2**16, "cuda": 2**21}  # weights at a time: bounds the memory
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A member of the family: its grid, elements of a part, d over the step, and the scales to try first, of the rms."""
+    """A member of the family: grid, elements of a part, d over the step, scales to try first (of a part's magnitude)."""
 
     grid: Grid
     part: int
@@ -86,44 +84,19 @@ def _signs_of(signs: Tensor) -> Tensor:
 
 def encode(rows: Tensor, importance: Tensor | None, layout: Layout, pack: Callable[[Coded], Tensor]) -> Tensor:
     """uint8 [n, row bytes] of float rows [n, columns]; `pack` makes the bytes [m, block bytes] of m blocks."""
-    pieces = [pack(code(values, weights, layout)) for values, weights in _pieces(rows, importance)]
-    return torch.cat(pieces).view(rows.shape[0], -1)
+    return blocks.encode(rows, importance, lambda values, weights: pack(_code(values, weights, layout)))
 
 
-def _pieces(rows: Tensor, importance: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """(values, weights) float32 [m, 256] of a few rows at a time."""
-    step = max(1, _PIECE[rows.device.type] // rows.shape[-1])
-    weights = torch.ones(1, device=rows.device) if importance is None else importance
-    weights = weights.expand(rows.shape)
-    for first in range(0, rows.shape[0], step):
-        part = slice(first, first + step)
-        yield rows[part].float().reshape(-1, BLOCK), weights[part].float().reshape(-1, BLOCK)
-
-
-def code(values: Tensor, weights: Tensor, layout: Layout) -> Coded:
+def _code(values: Tensor, weights: Tensor, layout: Layout) -> Coded:
     """Finds d, s, points and signs of blocks [m, 256]."""
-    largest = values.abs().amax(1)
-    unit = torch.where(largest > 0, largest, 1)
-    eights = _eights(values / unit[:, None], layout)
-    weights = _eights(_positive(weights), layout)
+    unit = blocks.unit(values)
+    eights = blocks.eights(values / unit[:, None], layout.part)
+    weights = blocks.eights(blocks.positive(weights), layout.part)
     minus, sizes = _signs(eights, weights)
-    vectors = Vectors.of(_groups(sizes, layout.grid.elements), _groups(weights, layout.grid.elements))
-    d, s, points = _Search(layout, vectors, unit).run()
+    d, s, points = _Search(layout, sizes, weights, unit).run()
     parts = BLOCK // layout.part
-    return Coded(
-        d, s, points.t().reshape(-1, parts, points.shape[0]), _seven_bits(minus).t().reshape(-1, parts, layout.part // 8)
-    )
-
-
-def _positive(weights: Tensor) -> Tensor:
-    """Weights [m, 256] over the largest of their block, none of them zero."""
-    largest = weights.amax(1, keepdim=True)
-    return torch.where(largest > 0, weights / largest.clamp_min(SMALLEST), 1).clamp_min(_LEAST_WEIGHT)
-
-
-def _eights(blocks: Tensor, layout: Layout) -> Tensor:
-    """[8, eights of a part, parts of all blocks] of blocks [m, 256]."""
-    return blocks.view(-1, layout.part // 8, 8).permute(2, 1, 0).contiguous()
+    signs = _seven_bits(minus).t()
+    return Coded(d, s, points.t().unflatten(0, (-1, parts)), signs.unflatten(0, (-1, parts)))
 
 
 def _groups(eights: Tensor, elements: int) -> Tensor:
@@ -151,10 +124,13 @@ def _seven_bits(minus: Tensor) -> Tensor:
 
 
 class _Search:
-    """The search for d and s of blocks whose parts lie in `vectors` [elements, groups, parts], scaled by 1 / `unit` [m]."""
+    """The search for d and s of blocks whose parts are `sizes` and `weights` [8, eights, parts], in units of `unit` [m]."""
 
-    def __init__(self, layout: Layout, vectors: Vectors, unit: Tensor) -> None:
-        self._layout, self._vectors, self._unit = layout, vectors, unit
+    def __init__(self, layout: Layout, sizes: Tensor, weights: Tensor, unit: Tensor) -> None:
+        elements = layout.grid.elements
+        self._layout, self._unit = layout, unit
+        self._vectors = Vectors.of(_groups(sizes, elements), _groups(weights, elements))
+        self._magnitude = blocks.fourth_root_mean(sizes, weights)
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """(d float16 [m], s int64 [m, parts], points [groups, parts of all blocks])."""
@@ -168,17 +144,14 @@ class _Search:
 
     def _free_scales(self) -> Tensor:
         """float32 [m, parts]: of the starts, the scale that suits each part best, as if scales were stored as floats."""
-        v = self._vectors
-        fourth = v.wx * v.wx / v.w
-        mean = (fold(fold(fourth * fourth / v.w)) / fold(v.sum_w)).sqrt().sqrt()
-        scales = torch.stack([mean * start for start in self._layout.starts])
-        costs = torch.stack([fold(self._layout.grid.nearest(v, scale)[0]) for scale in scales])
+        scales = torch.stack([self._magnitude * start for start in self._layout.starts])
+        costs = torch.stack([fold(self._layout.grid.nearest(self._vectors, scale)[0]) for scale in scales])
         best = costs.argmin(0, keepdim=True)
         return scales.gather(0, best).view(len(self._unit), -1)
 
     def _stored(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(d, the step that it means): float16 [m] and float32 [m] in units of the block."""
-        d = (u * self._layout.divisor * self._unit).clamp_max(_LARGEST_HALF).half()
+        d = (u * self._layout.divisor * self._unit).clamp_max(LARGEST_HALF).half()
         return d, d.float() / self._layout.divisor / self._unit
 
     def _best_near(self, s: Tensor, u: Tensor, near: tuple[int, ...] = (0, -1, 1)) -> tuple[Tensor, Tensor]:
