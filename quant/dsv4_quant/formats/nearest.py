@@ -17,7 +17,7 @@ from torch import Tensor
 from dsv4_quant.formats.blocks import SMALLEST, fold
 
 EXACT = 2**24  # float32 holds every whole number up to here
-_CHUNK = {"cpu": 2**19, "cuda": 2**24}  # costs at a time: what stays in a cache, or fills a GPU
+_CHUNK, _GPU_CHUNK = 2**19, 2**24  # costs at a time: what stays in a cache, or fills a GPU
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Grid:
 
     def _minimum(self, columns: Tensor) -> Tensor:
         products = self._on(columns.device)[0]
-        size = _CHUNK[columns.device.type] // self.points
+        size = (_CHUNK if columns.is_cpu else _GPU_CHUNK) // self.points
         count = columns.shape[1]
         best = torch.empty(count, device=columns.device)
         costs = torch.empty(min(size, count), self.points, device=columns.device)
