@@ -26,7 +26,7 @@ def _grid() -> Grid:
 
 
 GRID = _grid()
-_LAYOUT = Layout(GRID, part=32, divisor=4, starts=(0.024, 0.029, 0.034, 0.041))
+_LAYOUT = Layout(GRID, part=32, divisor=4, starts=(0.026, 0.0316, 0.0378))
 
 
 def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
