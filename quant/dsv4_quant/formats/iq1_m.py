@@ -104,9 +104,9 @@ class _Search:
 
     def _rounded(self, scale: Tensor, shift: float) -> Tensor:
         """float32 [groups, parts]: the cost of each group's best values -1, 0, 1 at a shift."""
-        y = self._x * (1 / scale) - shift
-        rest = y - y.round().clamp_(-1, 1)
-        return fold(self._w * (rest * rest)) * (scale * scale)
+        y = (self._x * (1 / scale)).sub_(shift)
+        rest = y.round().clamp_(-1, 1).sub_(y)
+        return fold(rest.mul_(rest).mul_(self._w)) * (scale * scale)
 
     def _stored(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(d, the step that it means): float16 [m] and float32 [m] in units of the block."""
@@ -123,13 +123,13 @@ class _Search:
 
     def _candidate(self, scale: Tensor, shift: float) -> tuple[Tensor, Tensor]:
         """(cost, point) [groups, parts] of the best of the grid points around the rounded values."""
-        y = self._x * (1 / scale) - shift
+        y = (self._x * (1 / scale)).sub_(shift)
         pattern = self._pattern(y.round().clamp_(-1, 1)).flatten()
         points, values = _neighbours(y.device)
         costs = torch.empty(len(values), *y.shape[1:], device=y.device)
         for cost, table in zip(costs, values, strict=True):
-            rest = y - table.index_select(1, pattern).view(y.shape)
-            cost.copy_(fold(rest * rest * self._w))
+            rest = table.index_select(1, pattern).view(y.shape).sub_(y)
+            cost.copy_(fold(rest.mul_(rest).mul_(self._w)))
         least, rank = blocks.lowest(costs)
         index = rank.flatten() * _PATTERNS + pattern
         return least, points.flatten().index_select(0, index).view(least.shape)

@@ -3,7 +3,8 @@
 The cost of a grid point is a sum over elements, and an element's cost is linear in a few whole-numbered features of its
 level. So a product of [vectors, features] with [features, points] holds the cost of every pair. Coefficients are rounded
 to whole numbers small enough that float32 adds them exactly, whatever the order, and a last feature adds the number of
-the point, so that the minimum alone (fast) says which point it was (argmin is slow).
+the point, so that the minimum alone (fast) says which point it was (argmin is slow). On a GPU this needs products in
+full float32, torch's default.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Grid:
         columns = torch.empty(len(self._linear) * self.elements + 1, *w.shape[1:], device=w.device)
         for i, (a, b) in enumerate(zip(self._square, self._linear, strict=True)):
             part = columns[i * self.elements : (i + 1) * self.elements]
-            torch.sub(w * a, wx * b, out=part)
+            torch.mul(w, a, out=part).sub_(wx * b)
         columns.round_()[-1] = 1
         return self._minimum(columns.flatten(1)).view(w.shape[1:])
 
