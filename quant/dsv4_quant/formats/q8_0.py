@@ -17,7 +17,7 @@ def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
     return (blocks[..., 2:].contiguous().view(torch.int8).float() * step).flatten(-2)
 
 
-def encode(weight: Tensor) -> Tensor:
+def encode(weight: Tensor, importance: Tensor | None = None) -> Tensor:
     """uint8 [o, i / 32 * 34] of a float matrix whose rows are multiples of 32: d = largest / 127, halves away from zero."""
     blocks = weight.float().unflatten(-1, (-1, BLOCK))
     step = blocks.abs().amax(-1, keepdim=True) / 127
@@ -27,4 +27,4 @@ def encode(weight: Tensor) -> Tensor:
     return torch.cat([step.half().view(torch.uint8), quants.view(torch.uint8)], dim=-1).flatten(-2)
 
 
-FORMAT = Format("q8_0", BLOCK, BLOCK_BYTES, decode)
+FORMAT = Format("q8_0", BLOCK, BLOCK_BYTES, decode, encode=encode)
