@@ -62,7 +62,7 @@ class Affine:
 
     def level(self, scale: Tensor, shift: Tensor) -> Moments:
         """Sets the levels nearest to (height - shift) / scale; gives their moments."""
-        q = torch.sub(self.height, shift, out=self.levels).mul_(ratio(torch.ones_like(scale), scale))
+        q = torch.sub(self.height, shift, out=self.levels).mul_(ratio(1.0, scale))
         return self._moments(q.round_().clamp_(0, self.top))
 
     def guess(self, inverse: Tensor) -> Moments:
@@ -94,13 +94,13 @@ class Affine:
         best = shift * (shift * self.sum_w - 2 * self.sum_wx)
         for turn in range(len(effort.guesses) + effort.fits):
             if turn < len(effort.guesses):
-                moments = self.guess(ratio(self.top + effort.guesses[turn] + torch.zeros_like(scale), self.reach))
+                moments = self.guess(ratio(self.top + effort.guesses[turn], self.reach))
             else:
                 moments = self.level(scale, shift)
             tried = self.solve(moments)
             error = self.error(moments, *tried)
             better = (error < best) & (tried[0] > 0)
-            best = torch.where(better, error, best)
+            best = torch.minimum(best, error)
             scale, shift = torch.where(better, tried[0], scale), torch.where(better, tried[1], shift)
         return scale, shift
 
@@ -125,28 +125,31 @@ class Affine:
         return Choice(step, step_min, scales, minima, self.levels)
 
     def _start(self, m: Moments, scale: Tensor, minimum: Tensor, effort: Effort) -> tuple[Tensor, Tensor]:
-        """Steps (of scales, of minima) [block] of least error for these levels, of several divisors of the largest."""
-        best, kept = torch.full_like(scale[0], torch.inf), (scale[0], scale[0])
-        for divisor in effort.divisors:
-            for divisor_min in effort.divisors:
-                step = self.piece.as_stored(scale.amax(0) / divisor)
-                step_min = self.piece.as_stored(minimum.amax(0) / divisor_min)
-                scales, minima = self._pick(m, step, step_min)
-                error = total(self.error(m, scales * step, -self.floor - minima * step_min))
-                better = error < best
-                best = torch.where(better, error, best)
-                kept = (torch.where(better, step, kept[0]), torch.where(better, step_min, kept[1]))
+        """Steps (of scales, of minima) [block] of least error for these levels: one after the other, of several divisors
+        of the largest."""
+        largest, largest_min = scale.amax(0), minimum.amax(0)
+        tries = [(divisor, self.grid) for divisor in effort.divisors]
+        tries += [(None, divisor) for divisor in effort.divisors[1:]]
+        best, kept = torch.full_like(largest, torch.inf), (largest, largest_min)
+        for divisor, divisor_min in tries:
+            step = kept[0] if divisor is None else self.piece.as_stored(largest / divisor)
+            step_min = self.piece.as_stored(largest_min / divisor_min)
+            scales, minima = self._pick(m, step, step_min)
+            error = total(self.error(m, scales * step, -self.floor - minima * step_min))
+            better = error < best
+            best = torch.minimum(best, error)
+            kept = (torch.where(better, step, kept[0]), torch.where(better, step_min, kept[1]))
         return kept
 
     def _pick(self, m: Moments, step: Tensor, step_min: Tensor) -> tuple[Tensor, Tensor]:
         """Integers (of scales, of minima) on the grid of these steps: both neighbours of the best scale, the best
         minimum for each."""
-        lower = ratio(self.solve(m)[0], step.expand_as(m.q)).floor_()
+        lower = ratio(self.solve(m)[0], step).floor_()
         best, kept = torch.full_like(lower, torch.inf), (lower, lower)
         for scales in (lower.clamp(0, self.grid), (lower + 1).clamp_(0, self.grid)):
             scale = scales * step
             minimum = -self.floor - (self.sum_wx - scale * m.q) / self.sum_w
-            minima = ratio(minimum, step_min.expand_as(minimum)).round_().clamp_(0, self.grid)
+            minima = ratio(minimum, step_min).round_().clamp_(0, self.grid)
             error = self.error(m, scale, -self.floor - minima * step_min)
             better = error < best
             best = torch.where(better, error, best)

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from dsv4_quant.formats import e8m0, fp4
 from dsv4_quant.formats.base import Format
-from dsv4_quant.formats.search import by_pieces, total
+from dsv4_quant.formats.search import Piece, search_pieces, total
 
 BLOCK, BLOCK_BYTES = 32, 17
-# The code nearest to each quarter of a unit, from the one that ends at -5 to the one that begins at 5, and its value.
-_CODES = fp4.nearest((torch.arange(-21, 21) + 0.5) / 4)
-_NEAREST = fp4.VALUES[_CODES.long()]
+# The codes of the multiples of a half from -6 to 6, where they have one.
+_CODES = fp4.nearest(torch.arange(-12, 13) / 2)
 
 
 def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
@@ -32,31 +31,33 @@ def from_fp4(rows: Tensor, scales: Tensor) -> Tensor:
 
 def encode(rows: Tensor, importance: Tensor | None) -> Tensor:
     """uint8 [n, columns / 32 * 17] of float rows [n, columns], columns a multiple of 32; values of FP4 stay exact."""
-    return by_pieces(rows, importance, BLOCK, BLOCK_BYTES, _encode)
+    return search_pieces(rows, importance, BLOCK, BLOCK_BYTES, BLOCK, _encode)
 
 
-def _encode(blocks: Tensor, weights: Tensor | None) -> Tensor:
+def _encode(piece: Piece) -> Tensor:
     """Of the smallest scale that holds the largest element and the half of it, the one with the lesser error."""
-    x = blocks.T.contiguous()
-    scale = e8m0.ceiling(x.abs().amax(0), fp4.LARGEST).clamp_(min=2.0**-126)  # its inverse is a number
-    weight = None if weights is None else weights.T.contiguous()
-    wide, narrow = _places(x, 1 / scale), _places(x, 2 / scale)
-    narrower = _error(x, weight, narrow, scale / 2) < _error(x, weight, wide, scale)
-    codes = _CODES.to(x.device)[torch.where(narrower, narrow, wide)]
-    scale = torch.where(narrower, scale / 2, scale)
-    pairs = codes[:16] | codes[16:] << 4
-    return torch.cat([e8m0.encode(scale).view(torch.uint8)[:, None], pairs.T], dim=1)
+    largest = torch.maximum(piece.x.amax(0), -piece.x.amin(0))
+    wide = torch.where(largest > fp4.LARGEST / 8, 4.0, 8.0)  # inverse scales: the largest lies within 0.5..1
+    error, narrow_error = _error(piece, wide), _error(piece, 2 * wide)
+    inverse = torch.where(narrow_error < error, 2 * wide, wide)
+    halves = _nearest(piece.x * inverse).mul_(2).add_(12).to(torch.int32)
+    codes = _CODES.to(halves.device).index_select(0, halves.flatten()).view(BLOCK, -1)
+    scale = piece.exponent + 127 - torch.frexp(inverse[0]).exponent + 1
+    return torch.cat([scale.clamp_(0, 254).to(torch.uint8)[:, None], (codes[:16] | codes[16:] << 4).T], dim=1)
 
 
-def _places(x: Tensor, inverse: Tensor) -> Tensor:
-    """int32: in which quarter of a unit x * inverse lies, 0 for the one that ends at -5, 41 from 5 on."""
-    return (x * inverse).mul_(4).floor_().clamp_(-21, 20).to(torch.int32).add_(21)
+def _error(piece: Piece, inverse: Tensor) -> Tensor:
+    """The weighted squared error [1, block] under these scales, powers of two."""
+    off = _nearest(piece.x * inverse).mul_(1 / inverse).sub_(piece.x)
+    return total(off.mul_(off).mul_(piece.weight))
 
 
-def _error(x: Tensor, weight: Tensor | None, places: Tensor, scale: Tensor) -> Tensor:
-    off = (_NEAREST.to(x.device).index_select(0, places.flatten()).view_as(x) * scale).sub_(x)
-    squares = off * off if weight is None else (off * weight).mul_(off)
-    return total(squares)
+def _nearest(numbers: Tensor) -> Tensor:
+    """Replaces float32 numbers, in place, by the nearest of FP4's values."""
+    numbers.clamp_(-fp4.LARGEST, fp4.LARGEST)
+    power = (numbers.view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two below, of the size
+    shift = power.clamp_(min=1.0).mul_(1.5 * 2**22)  # what is added to this has no room for less than half of that power
+    return numbers.add_(shift).sub_(shift)
 
 
 FORMAT = Format("mxfp4", BLOCK, BLOCK_BYTES, decode, encode=encode)

@@ -12,10 +12,10 @@ from torch import Tensor
 from dsv4_quant.formats import two_bits
 from dsv4_quant.formats.affine import Affine, Effort
 from dsv4_quant.formats.base import Format
-from dsv4_quant.formats.search import by_pieces, bytes_of, lay_out
+from dsv4_quant.formats.search import Piece, bytes_of, search_pieces, turn_back
 
 BLOCK, BLOCK_BYTES, SUB, TOP = 256, 84, 16, 3
-EFFORT = Effort(guesses=(-0.8, -0.5, -0.2, 0.1, 0.4, 0.8, 1.2), fits=4, rounds=4, divisors=(12.5, 14, 15, 16))
+EFFORT = Effort(guesses=(-0.8, -0.5, -0.2, 0.1, 0.4, 0.8, 1.2), fits=4, rounds=4, divisors=(15, 14, 16, 12.5))
 
 
 def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
@@ -29,14 +29,13 @@ def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
 
 def encode(rows: Tensor, importance: Tensor | None) -> Tensor:
     """uint8 [n, columns / 256 * 84] of float rows [n, columns], columns a multiple of 256."""
-    return by_pieces(rows, importance, BLOCK, BLOCK_BYTES, _encode)
+    return search_pieces(rows, importance, BLOCK, BLOCK_BYTES, SUB, _encode)
 
 
-def _encode(blocks: Tensor, weights: Tensor | None) -> Tensor:
-    piece = lay_out(blocks, weights, SUB)
+def _encode(piece: Piece) -> Tensor:
     choice = Affine(piece, TOP, grid=15).encode(EFFORT)
     return torch.cat([
-        (choice.scales + 16 * choice.minima).to(torch.uint8).T, two_bits.pack(choice.levels),
+        (choice.scales + 16 * choice.minima).to(torch.uint8).T, two_bits.pack(turn_back(choice.levels)),
         bytes_of(piece.half(choice.step)), bytes_of(piece.half(choice.step_min)),
     ], dim=1)  # fmt: skip
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dsv4_quant.formats import six_bits
 from dsv4_quant.formats.affine import Affine, Effort
 from dsv4_quant.formats.base import Format
-from dsv4_quant.formats.search import by_pieces, bytes_of, lay_out
+from dsv4_quant.formats.search import Piece, bytes_of, search_pieces, turn_back
 
 BLOCK, BLOCK_BYTES, SUB, TOP = 256, 144, 32, 15
 EFFORT = Effort(guesses=(-1.0, -0.6, -0.3, 0.0, 0.4), fits=4, rounds=4, divisors=(63,))
@@ -36,17 +36,16 @@ def affine_values(blocks: Tensor, levels: Tensor) -> Tensor:
 
 def encode(rows: Tensor, importance: Tensor | None) -> Tensor:
     """uint8 [n, columns / 256 * 144] of float rows [n, columns], columns a multiple of 256."""
-    return by_pieces(rows, importance, BLOCK, BLOCK_BYTES, _encode)
+    return search_pieces(rows, importance, BLOCK, BLOCK_BYTES, SUB, _encode)
 
 
-def _encode(blocks: Tensor, weights: Tensor | None) -> Tensor:
-    piece = lay_out(blocks, weights, SUB)
+def _encode(piece: Piece) -> Tensor:
     choice = Affine(piece, TOP, grid=63).encode(EFFORT)
     pairs = choice.levels[:, 0::2] + 16 * choice.levels[:, 1::2]  # [32, 4, n]
     return torch.cat([
         bytes_of(piece.half(choice.step)), bytes_of(piece.half(choice.step_min)),
         six_bits.pack(choice.scales.T, choice.minima.T),
-        pairs.to(torch.uint8).permute(2, 1, 0).flatten(1),
+        turn_back(pairs).flatten(1),
     ], dim=1)  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from dsv4_quant.formats import six_bits
 from dsv4_quant.formats.affine import Affine, Effort
 from dsv4_quant.formats.base import Format
 from dsv4_quant.formats.q4_k import affine_values
-from dsv4_quant.formats.search import by_pieces, bytes_of, lay_out
+from dsv4_quant.formats.search import Piece, bytes_of, search_pieces, turn_back
 
 BLOCK, BLOCK_BYTES, SUB, TOP = 256, 176, 32, 31
 EFFORT = Effort(guesses=(-1.0, -0.5, 0.0, 0.5), fits=4, rounds=4, divisors=(63,))
@@ -30,13 +30,12 @@ def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
 
 def encode(rows: Tensor, importance: Tensor | None) -> Tensor:
     """uint8 [n, columns / 256 * 176] of float rows [n, columns], columns a multiple of 256."""
-    return by_pieces(rows, importance, BLOCK, BLOCK_BYTES, _encode)
+    return search_pieces(rows, importance, BLOCK, BLOCK_BYTES, SUB, _encode)
 
 
-def _encode(blocks: Tensor, weights: Tensor | None) -> Tensor:
-    piece = lay_out(blocks, weights, SUB)
+def _encode(piece: Piece) -> Tensor:
     choice = Affine(piece, TOP, grid=63).encode(EFFORT)
-    levels = choice.levels.to(torch.uint8).permute(2, 1, 0).contiguous()  # [n, 8, 32]
+    levels = turn_back(choice.levels)  # [n, 8, 32]
     fifth = levels >> 4
     bits = fifth[:, 0]
     for j in range(1, 8):

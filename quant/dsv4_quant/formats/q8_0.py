@@ -22,10 +22,10 @@ def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
 def encode(rows: Tensor, importance: Tensor | None = None) -> Tensor:
     """uint8 [n, columns / 32 * 34] of float rows [n, columns], columns a multiple of 32: d = largest / 127, halves away
     from zero. The importance changes nothing: what eight bits lose is the same wherever it is lost."""
-    return by_pieces(rows, None, BLOCK, BLOCK_BYTES, _encode)
+    return by_pieces(rows, BLOCK, BLOCK_BYTES, _encode)
 
 
-def _encode(blocks: Tensor, weights: Tensor | None) -> Tensor:
+def _encode(blocks: Tensor, row: int) -> Tensor:
     step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_(max=LARGEST_HALF)
     inverse = torch.where(step >= LEAST_STEP, 1 / step, torch.zeros_like(step))
     scaled = (blocks * inverse).clamp_(-127, 127)

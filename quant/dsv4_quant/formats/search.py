@@ -13,38 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PIECE_CPU, PIECE_GPU = 1 << 16, 1 << 21  # weights at a time: what a core's cache holds; what keeps a GPU busy
+PIECE_CPU, PIECE_GPU = 1 << 18, 1 << 21  # weights at a time: enough to hide what a call costs, few enough for the caches
 LARGEST_HALF = 65504.0
 LEAST_WEIGHT = 1e-6  # of a block's largest: an element of no importance still prefers to be near
-
-
-def by_pieces(rows: Tensor, importance: Tensor | None, block: int, block_bytes: int,
-              encode: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-    """uint8 [n, columns / block * block_bytes] of float rows [n, columns], some blocks at a time.
-
-    `encode` gets float32 [blocks, block] and as many weights, or None, and gives uint8 [blocks, block_bytes].
-    ValueError if the columns are no multiple of the block or the importance has another shape.
-    """
-    count, columns = rows.shape
-    if columns % block:
-        raise ValueError(f"Rows of {columns} are not whole blocks of {block}.")
-    if importance is not None and importance.shape not in ((columns,), (count, columns)):
-        raise ValueError(f"Importance of shape {tuple(importance.shape)} for rows of shape {tuple(rows.shape)}.")
-    blocks = rows.reshape(-1, block)
-    weights = None if importance is None else importance.reshape(-1, block)
-    stored = torch.empty(len(blocks), block_bytes, dtype=torch.uint8, device=rows.device)
-    piece = (PIECE_CPU if rows.device.type == "cpu" else PIECE_GPU) // block
-    for start in range(0, len(blocks), piece):
-        end = min(start + piece, len(blocks))
-        stored[start:end] = encode(blocks[start:end].float(), _weights(weights, start, end))
-    return stored.view(count, columns // block * block_bytes)
-
-
-def _weights(weights: Tensor | None, start: int, end: int) -> Tensor | None:
-    """The weights [end - start, block] of these blocks: those of one row serve every row."""
-    if weights is None:
-        return None
-    return weights[torch.arange(start, end, device=weights.device) % len(weights)].float()
 
 
 @dataclass
@@ -56,7 +27,7 @@ class Piece:
     exponent: Tensor
 
     def half(self, step: Tensor) -> Tensor:
-        """float16 of a step per block, in the units of the weights; what is too large becomes the largest."""
+        """float16 of a step per block, in the units of the rows; what is too large becomes the largest."""
         return _times_power(step, self.exponent).clamp_(-LARGEST_HALF, LARGEST_HALF).half()
 
     def as_stored(self, step: Tensor) -> Tensor:
@@ -64,16 +35,69 @@ class Piece:
         return _times_power(self.half(step).float(), -self.exponent)
 
 
-def lay_out(blocks: Tensor, weights: Tensor | None, size: int) -> Piece:
+def by_pieces(rows: Tensor, block: int, block_bytes: int, encode: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """uint8 [n, columns / block * block_bytes] of float rows [n, columns], some rows at a time.
+
+    `encode` gets float32 blocks [b, block] and the number of the first row, and gives uint8 [b, block_bytes].
+    ValueError if the columns are no multiple of the block.
+    """
+    count, columns = rows.shape
+    if columns % block:
+        raise ValueError(f"Rows of {columns} are not whole blocks of {block}.")
+    stored = torch.empty(count, columns // block * block_bytes, dtype=torch.uint8, device=rows.device)
+    step = rows_at_a_time(rows)
+    for row in range(0, count, step):
+        found = encode(rows[row : row + step].float().reshape(-1, block), row)
+        stored[row : row + step] = found.view(-1, stored.shape[1])
+    return stored
+
+
+def rows_at_a_time(rows: Tensor) -> int:
+    """How many rows make a piece."""
+    return max(1, (PIECE_CPU if rows.device.type == "cpu" else PIECE_GPU) // max(1, rows.shape[1]))
+
+
+def search_pieces(rows: Tensor, importance: Tensor | None, block: int, block_bytes: int, size: int,
+                  encode: Callable[[Piece], Tensor]) -> Tensor:
+    """As by_pieces, for an encoder of pieces with sub-blocks of `size`.
+
+    importance: [columns], [n, columns], or None where all count alike. ValueError if it has another shape.
+    """
+    count, columns = rows.shape
+    if importance is None:
+        importance = torch.ones(columns, device=rows.device)
+    if importance.shape not in ((columns,), (count, columns)):
+        raise ValueError(f"Importance of shape {tuple(importance.shape)} for rows of shape {tuple(rows.shape)}.")
+    step = min(count, rows_at_a_time(rows))
+    shared = _weights(importance.expand(step, columns), block, size) if importance.dim() == 1 else None
+
+    def encode_blocks(blocks: Tensor, row: int) -> Tensor:
+        if shared is None:
+            weight = _weights(importance[row : row + step], block, size)
+        else:
+            weight = shared[..., : len(blocks)].contiguous()
+        return encode(_lay_out(blocks, weight, size))
+
+    return by_pieces(rows, block, block_bytes, encode_blocks)
+
+
+def _weights(importance: Tensor, block: int, size: int) -> Tensor:
+    """float32 [element, sub-block, block] of importance [n, columns]: up to 1 in each block, and never nothing."""
+    weight = _turn(importance.float().reshape(-1, block), size)
+    return weight.div_(weight.amax((0, 1)).clamp_min_(torch.finfo(torch.float32).tiny)).clamp_min_(LEAST_WEIGHT)
+
+
+def _lay_out(blocks: Tensor, weight: Tensor, size: int) -> Piece:
     """A piece of blocks [n, block] cut to sub-blocks of `size`."""
-    x = blocks.unflatten(1, (-1, size)).permute(2, 1, 0).contiguous()
-    exponent = torch.frexp(blocks.abs().amax(1)).exponent.clamp_(-100, 126)
-    x.mul_(_times_power(torch.ones_like(x[0, 0]), -exponent))
-    if weights is None:
-        return Piece(x, torch.ones_like(x), exponent)
-    weight = weights.unflatten(1, (-1, size)).permute(2, 1, 0).contiguous()
-    weight.div_(weight.amax((0, 1)).clamp_min_(torch.finfo(torch.float32).tiny)).clamp_min_(LEAST_WEIGHT)
-    return Piece(x, weight, exponent)
+    x = _turn(blocks, size)
+    largest = torch.maximum(x.amax((0, 1)), -x.amin((0, 1)))
+    exponent = torch.frexp(largest).exponent.clamp_(-126, 126)
+    return Piece(x.mul_(_times_power(torch.ones_like(largest), -exponent)), weight, exponent)
+
+
+def _turn(blocks: Tensor, size: int) -> Tensor:
+    """[element, sub-block, n] of blocks [n, block]. Two plain copies are faster than one between both orders."""
+    return blocks.T.contiguous().unflatten(0, (-1, size)).transpose(0, 1).contiguous()
 
 
 def _times_power(numbers: Tensor, exponent: Tensor) -> Tensor:
@@ -89,10 +113,14 @@ def total(terms: Tensor) -> Tensor:
     return terms[0] + terms[1]
 
 
-def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator, and 0 where the denominator is 0 (or so near that the ratio has no use)."""
-    usable = denominator.abs() > 1e-30
-    return torch.where(usable, numerator / torch.where(usable, denominator, 1.0), 0.0)
+def ratio(numerator: Tensor | float, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 where that is no finite number."""
+    return (numerator / denominator).nan_to_num_(0.0, 0.0, 0.0)
+
+
+def turn_back(levels: Tensor) -> Tensor:
+    """uint8 [n, sub-block, element] of levels [element, sub-block, n]."""
+    return levels.to(torch.uint8).transpose(0, 1).flatten(0, 1).T.contiguous().unflatten(1, (levels.shape[1], -1))
 
 
 def bytes_of(step: Tensor) -> Tensor:

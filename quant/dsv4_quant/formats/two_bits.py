@@ -16,7 +16,7 @@ def unpack(stored: Tensor) -> Tensor:
 
 
 def pack(levels: Tensor) -> Tensor:
-    """bytes [n, 64] of float levels 0..3 in pieces' order, [16, 16, n]."""
-    quarters = levels.unflatten(1, (2, 4, 2))  # [16, half, quarter, which 16 of its 32, n]
-    packed = quarters[:, :, 0] + 4 * quarters[:, :, 1] + 16 * quarters[:, :, 2] + 64 * quarters[:, :, 3]
-    return packed.to(torch.uint8).permute(3, 1, 2, 0).flatten(1)
+    """bytes [n, 64] of uint8 levels 0..3, [n, ...] of 256."""
+    quarters = levels.view(-1, 2, 4, 32)
+    packed = quarters[:, :, 0] | quarters[:, :, 1] << 2 | quarters[:, :, 2] << 4 | quarters[:, :, 3] << 6
+    return packed.flatten(1)
