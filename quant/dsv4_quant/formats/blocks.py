@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-SMALLEST = 1e-30  # keeps a division by nothing finite
+SMALLEST = 1e-15  # of the largest in a block: keeps divisions by nothing finite, and their squares
 LARGEST_HALF = 65504.0
 _LEAST_WEIGHT = 1e-6  # of the largest in the block: what nobody weighs shall still be approximated
-_PIECE = {"cpu": 2**16, "cuda": 2**21}  # weights at a time: bounds the memory
+_PIECE = {"cpu": 2**17, "cuda": 2**21}  # weights at a time: bounds the memory
 
 
 def encode(rows: Tensor, importance: Tensor | None, encode_blocks: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
@@ -38,8 +38,7 @@ def unit(values: Tensor) -> Tensor:
 
 def positive(weights: Tensor) -> Tensor:
     """Weights [m, 256] over the largest of their block, none of them zero."""
-    largest = weights.amax(1, keepdim=True)
-    return torch.where(largest > 0, weights / largest.clamp_min(SMALLEST), 1).clamp_min(_LEAST_WEIGHT)
+    return (weights / unit(weights)[:, None]).clamp_min(_LEAST_WEIGHT)
 
 
 def eights(blocks: Tensor, part: int) -> Tensor:
@@ -59,3 +58,20 @@ def fourth_root_mean(values: Tensor, weights: Tensor) -> Tensor:
     """float32 [parts] of [8, eights, parts]: the weighted mean of fourth powers, as a magnitude. Good scales follow it."""
     squares = values * values
     return (fold(fold(weights * squares * squares)) / fold(fold(weights))).sqrt().sqrt()
+
+
+def quotient(dot: Tensor, norm: Tensor) -> Tensor:
+    """float32 [m] >= 0: the step of least squares, of dot and norm [m, parts] of what it multiplies."""
+    return (fold(dot.t()) / fold(norm.t()).clamp_min(SMALLEST)).clamp_min(0)
+
+
+def lowest(costs: Tensor) -> tuple[Tensor, Tensor]:
+    """(least, its index int32) over the first dimension, short, of float32 costs >= 0, which are overwritten.
+
+    The index takes the place of the last bits (argmin is slow). So costs that differ by less may change places.
+    """
+    bits = (costs.shape[0] - 1).bit_length()
+    index = torch.arange(costs.shape[0], dtype=torch.int32, device=costs.device)
+    packed = costs.view(torch.int32).bitwise_and_(-1 << bits)  # floats >= 0 are in the order of their bits
+    least = packed.bitwise_or_(index.view(-1, *[1] * (costs.dim() - 1))).amin(0)
+    return least.view(torch.float32), least & (1 << bits) - 1

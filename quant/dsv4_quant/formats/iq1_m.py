@@ -79,19 +79,23 @@ class _Search:
 
     def run(self) -> Tensor:
         """uint8 [m, 56]."""
-        free = self._free_scales()
-        d, u = self._stored(free.amax(1) / _TOP)
-        s, shift, point, values = self._best_near(((free / u[:, None] - 1) / 2).round_().clamp_(0, 7), u)
-        d, u = self._stored(self._refit(s, shift, values))
-        s, shift, point, _ = self._best_near(s, u, (0,))
-        return _pack(d, s.long(), shift < 0, point)
-
-    def _free_scales(self) -> Tensor:
-        """float32 [m, 16]: the start that suits each part best, were every pattern in the grid and every scale stored."""
         magnitude = blocks.fourth_root_mean(self._x, self._w)
-        scales = torch.stack([magnitude * start for start in _STARTS])
+        starts = torch.stack([(magnitude * start).clamp_min(SMALLEST) for start in _STARTS])
+        free = self._best_scale(starts).view(len(self._unit), -1)
+        _, u = self._stored(free.amax(1) / _TOP)
+        s = ((free / u[:, None] - 1) / 2).round_()
+        near = torch.stack([(s + move).clamp_(0, 7) * 2 + 1 for move in (0, -1, 1)])
+        scale = self._best_scale((near * u[:, None]).flatten(1))
+        shift, point, values = self._nearest(scale)
+        multiple = (scale.view(s.shape) / u[:, None]).round()
+        d, _ = self._stored(self._refit(multiple, shift, values))
+        return _pack(d, multiple.long() >> 1, shift < 0, point)
+
+    def _best_scale(self, scales: Tensor) -> Tensor:
+        """float32 [parts]: of scales [n, parts] the one that suits each part best, were every pattern in the grid."""
         costs = torch.stack([fold(torch.minimum(self._rounded(t, SHIFT), self._rounded(t, -SHIFT))) for t in scales])
-        return scales.gather(0, costs.argmin(0, keepdim=True)).view(len(self._unit), -1)
+        _, best = blocks.lowest(costs)
+        return scales.gather(0, best[None].long())[0]
 
     def _rounded(self, scale: Tensor, shift: float) -> Tensor:
         """float32 [groups, parts]: the cost of each group's best values -1, 0, 1 at a shift."""
@@ -104,48 +108,35 @@ class _Search:
         d = (u * self._unit).clamp_max(LARGEST_HALF).half()
         return d, (d.float() / self._unit).clamp_min(SMALLEST)
 
-    def _best_near(
-        self, s: Tensor, u: Tensor, near: tuple[int, ...] = (0, -1, 1)
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(s [m, 16], shift and point [groups, parts], values [8, groups, parts]): the best of s and its neighbours."""
-        moved = torch.stack([(s + move).clamp_(0, 7) for move in near])
-        found = [self._nearest(((2 * one + 1) * u[:, None]).flatten()) for one in moved]
-        best = torch.stack([fold(cost) for cost, *_ in found]).argmin(0, keepdim=True)
-        s = moved.gather(0, best.view(1, *s.shape))[0]
-        both = best.expand(2, -1)[None]
-        shift, code, rank = (torch.stack(kind).gather(0, both)[0] for kind in list(zip(*found, strict=True))[1:])
-        points, values = _neighbours(u.device)
-        index = (rank * _PATTERNS + code).flatten()
-        chosen = values.transpose(0, 1).flatten(1).index_select(1, index)
-        return s, shift, points.flatten().index_select(0, index).view(shift.shape), chosen.view(8, *shift.shape)
-
-    def _nearest(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(cost, shift, pattern, candidate) [groups, parts] of the best candidate for the rounded values."""
+    def _nearest(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(shift, point [groups, parts], values [8, groups, parts]): the best candidate for the rounded values."""
         up = self._rounded(scale, SHIFT) <= self._rounded(scale, -SHIFT)
         shift = torch.where(up, SHIFT, -SHIFT)
         y = self._x * (1 / scale) - shift
-        code = self._pattern(y.round().clamp_(-1, 1))
-        twice = self._w * y * 2
-        costs = []
-        for table in _neighbours(y.device)[1]:
-            v = table.index_select(1, code.flatten()).view(y.shape)
-            costs.append(fold((v * self._w - twice) * v))
-        rank = torch.stack(costs).argmin(0)
-        least = torch.stack(costs).amin(0) + fold(self._w * (y * y))
-        return least * (scale * scale), shift, code, rank
+        code = self._pattern(y.round().clamp_(-1, 1)).flatten()
+        points, values = _neighbours(y.device)
+        costs = torch.empty(len(values), *shift.shape, device=y.device)
+        for cost, table in zip(costs, values, strict=True):
+            rest = y - table.index_select(1, code).view(y.shape)
+            cost.copy_(fold(rest * rest * self._w))
+        _, rank = blocks.lowest(costs)
+        index = rank.flatten() * _PATTERNS + code
+        point = points.flatten().index_select(0, index).view(shift.shape)
+        return shift, point, _grid(y.device).t().index_select(1, point.flatten()).view(y.shape)
 
     def _pattern(self, values: Tensor) -> Tensor:
         """int32 [groups, parts] of values -1, 0, 1 [8, groups, parts]."""
         powers = 3.0 ** torch.arange(8, device=values.device)
         return ((powers @ values.flatten(1)).view(values.shape[1:]) + _PATTERNS // 2).int()
 
-    def _refit(self, s: Tensor, shift: Tensor, values: Tensor) -> Tensor:
+    def _refit(self, multiple: Tensor, shift: Tensor, values: Tensor) -> Tensor:
         """float32 [m]: the step of least squares, all else given."""
-        multiple = (2 * s + 1).flatten()
-        weighted = self._w * (values + shift)
-        dot = fold(fold(weighted * self._x)) * multiple
-        norm = fold(fold(weighted * (values + shift))) * (multiple * multiple)
-        return (fold(dot.view(s.shape).t()) / fold(norm.view(s.shape).t()).clamp_min(SMALLEST)).clamp_min(0)
+        each = multiple.flatten()
+        values = values + shift
+        weighted = self._w * values
+        dot = fold(fold(weighted * self._x)) * each
+        norm = fold(fold(weighted * values)) * (each * each)
+        return blocks.quotient(dot.view(multiple.shape), norm.view(multiple.shape))
 
 
 def _pack(d: Tensor, s: Tensor, down: Tensor, point: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ def three_levels(magnitudes: Tensor) -> Grid:
 def decode(steps: Tensor, points: Tensor, signs: Tensor, grid: Grid) -> Tensor:
     """float32 [..., columns] of steps [..., blocks, parts], points [..., blocks, parts, groups] and seven-bit signs."""
     sizes = grid.rows(points).flatten(-2)  # [..., blocks, parts, elements of a part]
-    values = sizes.unflatten(-1, (-1, 8)) * _signs_of(signs)
+    eights = _signs_on(signs.device).index_select(0, signs.flatten()).unflatten(0, signs.shape)
+    values = eights.mul_(sizes.view(eights.shape))
     return values.mul_(steps[..., None, None]).flatten(-4)
 
 
@@ -75,11 +77,11 @@ def bytes_of(words: Tensor, count: int) -> Tensor:
     return (words[..., None] >> torch.arange(0, 8 * count, 8, device=words.device) & 255).to(torch.uint8)
 
 
-def _signs_of(signs: Tensor) -> Tensor:
-    """float32 [..., 8], 1 or -1, of seven-bit signs [...]."""
-    bits = signs[..., None] >> torch.arange(7, device=signs.device) & 1
-    bits = torch.cat([bits, bits.sum(-1, keepdim=True) & 1], -1)
-    return 1.0 - 2.0 * bits
+@cache
+def _signs_on(device: torch.device) -> Tensor:
+    """float32 [128, 8]: 1 or -1 of seven-bit signs; the eighth makes the number of -1 even."""
+    bits = torch.arange(128)[:, None] >> torch.arange(7) & 1
+    return (1.0 - 2.0 * torch.cat([bits, bits.sum(1, keepdim=True) % 2], 1)).to(device)
 
 
 def encode(rows: Tensor, importance: Tensor | None, layout: Layout, pack: Callable[[Coded], Tensor]) -> Tensor:
@@ -109,9 +111,12 @@ def _signs(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """(minus, values under these signs) [8, ...]: where signs are odd, the one that costs least to get wrong is turned."""
     minus = values < 0
     sizes = values.abs()
-    odd = minus.sum(0, keepdim=True) % 2 == 1
-    cheapest = (weights * sizes).argmin(0, keepdim=True)
-    turned = torch.zeros_like(minus).scatter_(0, cheapest, odd)
+    odd = minus
+    while odd.shape[0] > 1:
+        odd = odd[: odd.shape[0] // 2] ^ odd[odd.shape[0] // 2 :]
+    _, cheapest = blocks.lowest(weights * sizes)
+    places = torch.arange(8, dtype=torch.int32, device=values.device).view(8, 1, 1)
+    turned = (places == cheapest) & odd
     return minus ^ turned, torch.where(turned, -sizes, sizes)
 
 
@@ -134,46 +139,34 @@ class _Search:
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """(d float16 [m], s int64 [m, parts], points [groups, parts of all blocks])."""
-        free = self._free_scales()
-        d, u = self._stored(free.amax(1) / TOP)
-        s = ((free / u[:, None] - 1) / 2).round_().clamp_(0, 15)
-        s, points = self._best_near(s, u)
-        d, u = self._stored(self._refit(s, points))
-        s, points = self._best_near(s, u, (0,))
-        return d, s.long(), points
+        free, _ = self._best([self._magnitude * start for start in self._layout.starts])
+        free = free.view(len(self._unit), -1)
+        _, u = self._stored(free.amax(1) / TOP)
+        s = ((free / u[:, None] - 1) / 2).round_()
+        near = [((s + move).clamp_(0, 15) * 2 + 1) * u[:, None] for move in (0, -1, 1)]
+        scale, points = self._best([one.flatten() for one in near])
+        multiple = (scale.view(s.shape) / u[:, None]).round_()
+        d, u = self._stored(self._refit(multiple, points))
+        _, points = self._best([(multiple * u[:, None]).flatten()])
+        return d, multiple.long() >> 1, points
 
-    def _free_scales(self) -> Tensor:
-        """float32 [m, parts]: of the starts, the scale that suits each part best, as if scales were stored as floats."""
-        scales = torch.stack([self._magnitude * start for start in self._layout.starts])
-        costs = torch.stack([fold(self._layout.grid.nearest(self._vectors, scale)[0]) for scale in scales])
-        best = costs.argmin(0, keepdim=True)
-        return scales.gather(0, best).view(len(self._unit), -1)
+    def _best(self, scales: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """(scale [parts], points [groups, parts]): of scales [parts] the one that suits each part best."""
+        found = [self._layout.grid.nearest(self._vectors, scale) for scale in scales]
+        best = torch.stack([fold(cost) for cost, _ in found]).argmin(0, keepdim=True)
+        points = torch.stack([points for _, points in found])
+        chosen = points.gather(0, best[:, None].expand(1, *points.shape[1:]))
+        return torch.stack(scales).gather(0, best)[0], chosen[0]
 
     def _stored(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(d, the step that it means): float16 [m] and float32 [m] in units of the block."""
         d = (u * self._layout.divisor * self._unit).clamp_max(LARGEST_HALF).half()
-        return d, d.float() / self._layout.divisor / self._unit
+        return d, (d.float() / self._layout.divisor / self._unit).clamp_min(SMALLEST)
 
-    def _best_near(self, s: Tensor, u: Tensor, near: tuple[int, ...] = (0, -1, 1)) -> tuple[Tensor, Tensor]:
-        """(s, points): for each part the best of its s and the neighbours."""
-        best_cost, best_s, best_points = torch.empty(0), torch.empty(0), torch.empty(0)
-        for i, move in enumerate(near):
-            moved = (s + move).clamp_(0, 15)
-            cost, points = self._layout.grid.nearest(self._vectors, ((2 * moved + 1) * u[:, None]).flatten())
-            cost = fold(cost)
-            if i == 0:
-                best_cost, best_s, best_points = cost, moved, points
-                continue
-            better = cost < best_cost
-            best_cost = torch.where(better, cost, best_cost)
-            best_s = torch.where(better.view(s.shape), moved, best_s)
-            best_points = torch.where(better, points, best_points)
-        return best_s, best_points
-
-    def _refit(self, s: Tensor, points: Tensor) -> Tensor:
-        """float32 [m]: the step of least squares, s and points given."""
+    def _refit(self, multiple: Tensor, points: Tensor) -> Tensor:
+        """float32 [m]: the step of least squares, multiples of it [m, parts] and points given."""
         values = self._layout.grid.values(points)
-        multiple = (2 * s + 1).flatten()
-        dot = fold(fold(self._vectors.wx * values)) * multiple
-        norm = fold(fold(self._vectors.w * values * values)) * (multiple * multiple)
-        return (fold(dot.view(s.shape).t()) / fold(norm.view(s.shape).t()).clamp_min(SMALLEST)).clamp_min(0)
+        each = multiple.flatten()
+        dot = fold(fold(self._vectors.wx * values)) * each
+        norm = fold(fold(self._vectors.w * values * values)) * (each * each)
+        return blocks.quotient(dot.view(multiple.shape), norm.view(multiple.shape))
