@@ -96,13 +96,13 @@ def kld(
     from dsv4cli.commands.opening import open_engine
     from dsv4cli.engine import divergence
 
-    engines = [open_engine(name, chosen) for name in (model, reference)]
-    ids = divergence.encoded(*engines, words)
-    lengths = divergence.windows_for(chosen["ctx"] or min(LONG, *(engine.ctx for engine in engines)), len(ids))
+    ours, theirs = open_engine(model, chosen), open_engine(reference, chosen)
+    ids = divergence.encoded(ours, theirs, words)
+    lengths = divergence.windows_for(chosen["ctx"] or min(LONG, ours.ctx, theirs.ctx), len(ids))
     with console.progress(chosen["quiet"]) as report:
-        rows = [divergence.compare(*engines, ids, window, progress=report) for window in lengths]
+        rows = [divergence.compare(ours, theirs, ids, window, progress=report) for window in lengths]
     if json:
-        console.print_json({"model": engines[0].name, "reference": engines[1].name, "text": text or "dsv4",
+        console.print_json({"model": ours.name, "reference": theirs.name, "text": text or "dsv4",
                             "contexts": [asdict(row) for row in rows]})
     else:
         console.table(HEADINGS, [_in_words(row) for row in rows], right=range(len(HEADINGS)))

@@ -73,7 +73,7 @@ def compare(model: Loaded, reference: Loaded, ids: Sequence[int], window: int, *
                              f"Choose --ctx between 2 and {each.ctx}.")
     if not ids:
         raise UsageError("There are no tokens to score.", "Give at least one.")
-    rows = []
+    rows: list[Tensor] = []
     for start in range(0, len(ids), window - 1):
         rows += _window(model, reference, ids[start:start + window - 1], chunk)
         if progress is not None:
