@@ -19,6 +19,7 @@ from dsv4cli.registry import catalog
 from dsv4cli.settings import Settings
 
 if TYPE_CHECKING:
+    from dsv4_quant.convert import Importance
     from dsv4_quant.metadata import Origin
     from dsv4_quant.plan import Plan
     from dsv4cli.registry.catalog import Entry
@@ -49,6 +50,8 @@ def quantize(
     output: Annotated[Optional[str], _type("output", "The head")] = None,  # noqa: UP045
     embed: Annotated[Optional[str], _type("embed", "The embedding")] = None,  # noqa: UP045
     indexer: Annotated[Optional[str], _type("indexer", "The indexer's queries")] = None,  # noqa: UP045
+    imatrix: Annotated[Optional[str], typer.Option(  # noqa: UP045
+        metavar="FILE", help="How much each column matters, from dsv4 imatrix or llama.cpp.")] = None,
     mtp: Annotated[bool, typer.Option("--mtp", metavar="", rich_help_panel=FILES,
                                       help="Write the MTP block, as a file of its own, instead of the model.")] = False,
     dspark: Annotated[bool, typer.Option("--dspark", metavar="", rich_help_panel=FILES,
@@ -73,16 +76,17 @@ def quantize(
     changes = {role: kind for role, kind in named.items() if kind is not None}
     count = _count(workers)
     entry = catalog.resolve(source)
-    plan = planned(entry, out, recipe, changes, "mtp" if mtp else "dspark" if dspark else "none",
-                   size_of(target_size, "--target-size"), size_of(split_max_size, "--split-max-size"))
+    importance = _importance(imatrix, entry) if imatrix is not None else None
+    plan = planned(entry, out, recipe, changes, importance, stages="mtp" if mtp else "dspark" if dspark else "none",
+                   target_size=size_of(target_size, "--target-size"), part_size=size_of(split_max_size, "--split-max-size"))
     if not chosen["quiet"] or dry_run:
         (print_json if json else print_plan)(plan)
     if not dry_run:
-        carry_out(plan, count, chosen["device"], force, chosen["quiet"])
+        carry_out(plan, importance, count, chosen["device"], force, chosen["quiet"])
 
 
-def planned(entry: Entry, out: str, recipe: str | None, changes: dict[str, str], stages: Any, target_size: int | None,
-            part_size: int | None) -> Plan:
+def planned(entry: Entry, out: str, recipe: str | None, changes: dict[str, str], importance: Importance | None, *, stages: Any,
+            target_size: int | None, part_size: int | None) -> Plan:
     """What is to be written, from the source's header."""
     from dsv4_quant import recipe as recipes
     from dsv4_quant.files.headers import read_header
@@ -95,8 +99,8 @@ def planned(entry: Entry, out: str, recipe: str | None, changes: dict[str, str],
     said = [recipe or f"at most {target_size:,} bytes", *(f"--{role} {kind}" for role, kind in sorted(changes.items()))]
     header = read_header(entry.located())
     path = output_path(entry, out, "-".join(said[:1]) if recipe else "fitted", stages)
-    return make_plan(header, path, chosen, _origin(entry, header.metadata, " ".join(said)), changes=rules, stages=stages,
-                     target_size=target_size, part_size=part_size)
+    origin = _origin(entry, header.metadata, " ".join(said), importance)
+    return make_plan(header, path, chosen, origin, changes=rules, stages=stages, target_size=target_size, part_size=part_size)
 
 
 def output_path(entry: Entry, out: str, recipe: str, stages: str) -> Path:
@@ -112,12 +116,21 @@ def output_path(entry: Entry, out: str, recipe: str, stages: str) -> Path:
     return path
 
 
-def _origin(entry: Entry, metadata: dict[str, Any], recipe: str) -> Origin:
+def _importance(path: str, entry: Entry) -> Importance:
+    """The importance matrix, checked against the model."""
+    from dsv4_quant.files.headers import read_header
+    from dsv4_quant.imatrix import Imatrix
+
+    return Imatrix.open(Path(path).expanduser(), read_header(entry.located()).config)
+
+
+def _origin(entry: Entry, metadata: dict[str, Any], recipe: str, importance: Importance | None) -> Origin:
     """What to say about the weights; a GGUF of no known repository keeps the name that it gives itself."""
     from dsv4_quant.metadata import Origin
 
     name = (entry.repo or str(metadata.get("general.name") or entry.name)).rpartition("/")[2].removesuffix(".gguf")
-    return Origin(name, entry.repo, entry.revision, entry.license or None, recipe, chat_template(entry.release))
+    return Origin(name, entry.repo, entry.revision, entry.license or None, recipe, chat_template(entry.release),
+                  importance.keys if importance is not None else {})
 
 
 def chat_template(release: str) -> str | None:
@@ -125,17 +138,21 @@ def chat_template(release: str) -> str | None:
     return None
 
 
-def carry_out(plan: Plan, workers: int | None, device: str | None, force: bool, quiet: bool) -> None:
+def carry_out(plan: Plan, importance: Importance | None, workers: int | None, device: str | None, force: bool,
+              quiet: bool) -> None:
     """Writes the files. Raises Interrupted after Ctrl-C, having said how to go on."""
     with console.working("opening torch…", quiet):
         from dsv4_quant.convert import convert, device_called
         from dsv4_quant.files import open_source
 
         source = open_source(plan.source.path)
+    if plan.weighed and importance is None and not quiet:
+        console.note("Without --imatrix a column matters as much as its weights' energy; dsv4 imatrix makes a better guide.")
     started = time.monotonic()
     try:
         with _reporting(quiet) as report:
-            convert(plan, source, workers=workers, device=device_called(device), force=force, report=report)
+            convert(plan, source, importance=importance, workers=workers, device=device_called(device), force=force,
+                    report=report)
     except KeyboardInterrupt:
         console.note(f"Stopped. The same command goes on with {plan.output}.")
         raise Interrupted("Stopped.") from None
