@@ -95,7 +95,7 @@ def planned(entry: Entry, out: str, recipe: str | None, changes: dict[str, str],
     said = [recipe or f"at most {target_size:,} bytes", *(f"--{role} {kind}" for role, kind in sorted(changes.items()))]
     header = read_header(entry.located())
     path = output_path(entry, out, "-".join(said[:1]) if recipe else "fitted", stages)
-    return make_plan(header, path, chosen, _origin(entry, " ".join(said)), changes=rules, stages=stages,
+    return make_plan(header, path, chosen, _origin(entry, header.metadata, " ".join(said)), changes=rules, stages=stages,
                      target_size=target_size, part_size=part_size)
 
 
@@ -112,10 +112,11 @@ def output_path(entry: Entry, out: str, recipe: str, stages: str) -> Path:
     return path
 
 
-def _origin(entry: Entry, recipe: str) -> Origin:
+def _origin(entry: Entry, metadata: dict[str, Any], recipe: str) -> Origin:
+    """What to say about the weights; a GGUF of no known repository keeps the name that it gives itself."""
     from dsv4_quant.metadata import Origin
 
-    name = (entry.repo or entry.name).rpartition("/")[2].removesuffix(".gguf")
+    name = (entry.repo or str(metadata.get("general.name") or entry.name)).rpartition("/")[2].removesuffix(".gguf")
     return Origin(name, entry.repo, entry.revision, entry.license or None, recipe, chat_template(entry.release))
 
 

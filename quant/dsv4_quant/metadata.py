@@ -71,8 +71,8 @@ def general(header: Header, specs: Sequence[GgufSpec], file_type: str, origin: O
     yield Entry("general.size_label", "str", size_label(specs))
     yield Entry("general.file_type", "u32", FILE_TYPES[file_type])
     yield Entry("general.quantization_version", "u32", QUANTIZATION_VERSION)
-    if origin.license:
-        yield Entry("general.license", "str", origin.license.lower())
+    if terms := origin.license or header.metadata.get("general.license"):
+        yield Entry("general.license", "str", terms.lower())
     if origin.repo:
         yield from _base_model(origin.name, origin.repo, origin.revision)
     else:

@@ -216,7 +216,12 @@ def _check_rows(target: Target) -> None:
 
 
 def _option(slot: str) -> str:
-    return next((role for role, slots in recipe.ROLES.items() if slot in slots), slot)
+    """The narrowest option that sets a slot's type."""
+    return min(
+        (role for role, slots in recipe.ROLES.items() if slot in slots),
+        key=lambda role: len(recipe.ROLES[role]),
+        default=slot,
+    )
 
 
 def _fitted(targets: list[Target], changes: Sequence[Rule], room: int, wanted: int) -> list[Target]:

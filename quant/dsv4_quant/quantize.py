@@ -39,6 +39,8 @@ def encode_piece(source: Source, piece: Piece, importance: Lookup = no_importanc
         encoded = _encoded(values.to(device), target, importance(target.name, _expert(piece))).cpu()
     for weight in packed:
         forget(_rows(weight, rows))
+        if weight.format == "fp4" and weight.scale is not None:  # a row of scales each; FP8's tiles are read again
+            forget(weight.scale[rows])
     found = encoded.contiguous().view(torch.uint8).flatten()
     assert found.numel() == piece.nbytes, f"{target.name}: {found.numel()} bytes instead of {piece.nbytes}"
     return found
@@ -60,7 +62,7 @@ def _copied(weight: Packed, rows: slice, piece: Piece, source: Source) -> Tensor
     if weight.format == piece.target.type:
         if not weight.format.startswith("i"):
             _check_finite(FORMATS[weight.format].decode(stored, None), piece, source)
-        return stored
+        return stored.clone()  # the map's own pages are let go before the bytes are written
     if weight.format == "fp4" and piece.target.type == "mxfp4" and weight.scale is not None:
         scales = weight.scale[rows] if weight.scale.dtype == torch.float32 else weight.scale.view(torch.uint8)[rows]
         if scales.dtype == torch.float32:

@@ -7,14 +7,17 @@ from torch import Tensor
 
 from dsv4_quant.formats import e8m0, fp4
 from dsv4_quant.formats.base import Format
+from dsv4_quant.formats.search import Piece, search_pieces, total
 
 BLOCK, BLOCK_BYTES = 32, 17
+# The codes of the multiples of a half from -6 to 6, where they have one.
+_CODES = fp4.nearest(torch.arange(-12, 13) / 2)
 
 
 def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
     """float32 [n, columns] of bytes [n, columns / 32 * 17]."""
     blocks = rows.unflatten(-1, (-1, BLOCK_BYTES))
-    pairs = fp4.PAIRS[blocks[..., 1:].long()]  # [n, blocks, 16, (j, j + 16)]
+    pairs = fp4.PAIRS.to(rows.device)[blocks[..., 1:].long()]  # [n, blocks, 16, (j, j + 16)]
     values = pairs.transpose(-1, -2).flatten(-2)
     return (values * e8m0.decode(blocks[..., :1].contiguous())).flatten(-2)
 
@@ -26,4 +29,35 @@ def from_fp4(rows: Tensor, scales: Tensor) -> Tensor:
     return torch.cat([scales.view(torch.uint8)[..., None], pairs], dim=-1).flatten(-2)
 
 
-FORMAT = Format("mxfp4", BLOCK, BLOCK_BYTES, decode)
+def encode(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """uint8 [n, columns / 32 * 17] of float rows [n, columns], columns a multiple of 32; values of FP4 stay exact."""
+    return search_pieces(rows, importance, BLOCK, BLOCK_BYTES, BLOCK, _encode)
+
+
+def _encode(piece: Piece) -> Tensor:
+    """Of the smallest scale that holds the largest element and the half of it, the one with the lesser error."""
+    largest = torch.maximum(piece.x.amax(0), -piece.x.amin(0))
+    wide = torch.where(largest > fp4.LARGEST / 8, 4.0, 8.0)  # inverse scales: the largest lies within 0.5..1
+    error, narrow_error = _error(piece, wide), _error(piece, 2 * wide)
+    inverse = torch.where(narrow_error < error, 2 * wide, wide)
+    halves = _nearest(piece.x * inverse).mul_(2).add_(12).to(torch.int32)
+    codes = _CODES.to(halves.device).index_select(0, halves.flatten()).view(BLOCK, -1)
+    scale = piece.exponent + 127 - torch.frexp(inverse[0]).exponent + 1
+    return torch.cat([scale.clamp_(0, 254).to(torch.uint8)[:, None], (codes[:16] | codes[16:] << 4).T], dim=1)
+
+
+def _error(piece: Piece, inverse: Tensor) -> Tensor:
+    """The weighted squared error [1, block] under these scales, powers of two."""
+    off = _nearest(piece.x * inverse).mul_(1 / inverse).sub_(piece.x)
+    return total(off.mul_(off).mul_(piece.weight))
+
+
+def _nearest(numbers: Tensor) -> Tensor:
+    """Replaces float32 numbers, in place, by the nearest of FP4's values."""
+    numbers.clamp_(-fp4.LARGEST, fp4.LARGEST)
+    power = (numbers.view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two below, of the size
+    shift = power.clamp_(min=1.0).mul_(1.5 * 2**22)  # what is added to this has no room for less than half of that power
+    return numbers.add_(shift).sub_(shift)
+
+
+FORMAT = Format("mxfp4", BLOCK, BLOCK_BYTES, decode, encode=encode)
