@@ -96,10 +96,11 @@ def _call(chance: random.Random) -> dict[str, Any]:
         prices.append(chance.randint(100, 99999) / 100)
         results.append({"role": "tool", "tool_call_id": f"call_{number}",
                         "content": json.dumps({"price": prices[-1], "currency": "EUR"})})
+    told = ", ".join(map(str, prices))
     return {"thinking": chance.random() < 0.5, "tools": [QUOTE], "messages": [
         {"role": "user", "content": f"What do I pay for: {', '.join(wanted)}?"},
         {"role": "assistant", "content": "", "tool_calls": calls, "reasoning_content": "I ask for the prices."}, *results,
-        {"role": "assistant", "reasoning_content": "That is all.", "content": f"In this order: {', '.join(map(str, prices))} EUR."}]}
+        {"role": "assistant", "reasoning_content": "That is all.", "content": f"In this order: {told} EUR."}]}
 
 
 def _record(chance: random.Random) -> dict[str, Any]:

@@ -247,6 +247,12 @@ class Checkpoint:
 
 def transformers_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     """Logits [t, vocab], float32, of transformers' model with the decoded weights; ids [t]."""
+    with torch.no_grad():
+        return transformers_model(checkpoint)(ids[None], use_cache=False).logits[0]
+
+
+def transformers_model(checkpoint: Checkpoint) -> Any:
+    """transformers' model, float32, with the decoded weights."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
     theirs = {"quantization_config", "expert_dtype", "architectures", "torch_dtype", "model_type", "topk_method"}
@@ -258,5 +264,4 @@ def transformers_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     left = model.load_state_dict(checkpoint.decoded, strict=False)
     assert not left.missing_keys, left.missing_keys
     assert not left.unexpected_keys, left.unexpected_keys
-    with torch.no_grad():
-        return model(ids[None], use_cache=False).logits[0]
+    return model
