@@ -58,7 +58,7 @@ def quantize(
         metavar="SIZE", rich_help_panel=FILES, help="Split into files of at most this size: 40GB.")] = None,
     force: Annotated[bool, typer.Option("--force", metavar="", rich_help_panel=FILES,
                                         help="Replace the output, or begin anew.")] = False,
-    workers: Annotated[Optional[str], typer.Option(metavar="N", help="Tensors at a time. Default: one a core.")] = None,  # noqa: UP045
+    workers: Annotated[Optional[str], typer.Option(metavar="N", help="Pieces at a time. Default: one a core, at most 8.")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--dry-run", metavar="", help="Print what would be written, and stop.")] = False,
     json: Json = False,
     *,
@@ -66,8 +66,10 @@ def quantize(
 ) -> None:
     """Make a smaller GGUF of a model, for dsv4 and llama.cpp.
 
-    Reads a checkpoint folder or a GGUF, a few tensors at a time, whatever the model's size. Stopped in any way, the same command
-    goes on where it was. Types: f32 f16 bf16 q8_0 q6_k q5_k q4_k iq4_xs mxfp4 q3_k iq3_xxs q2_k iq2_xs iq2_xxs iq1_m.
+    Reads a checkpoint folder or a GGUF in small pieces, whatever the model's size.
+    Stopped in any way, the same command goes on where it was.
+
+    Types: f32 f16 bf16 q8_0 q6_k q5_k q4_k iq4_xs mxfp4 q3_k iq3_xxs q2_k iq2_xs iq2_xxs iq1_m.
     """
     named = {"experts": experts, "down": down, "attention": attention, "shared": shared, "output": output, "embed": embed,
              "indexer": indexer}

@@ -16,8 +16,8 @@ from dsv4_quant.recipe import Rule, fitting
 
 # Squared error of normally distributed weights, relative to their squares, measured with importance 0.1 .. 1.1.
 ERRORS = {
-    "q8_0": 3e-5, "q6_k": 3e-4, "q5_k": 1.2e-3, "q4_k": 4.8e-3, "iq4_xs": 6.2e-3, "mxfp4": 1.3e-2, "q3_k": 2.02e-2,
-    "iq3_xxs": 2.97e-2, "q2_k": 6.74e-2, "iq2_xs": 8.17e-2, "iq2_xxs": 0.108, "iq1_m": 0.186,
+    "q8_0": 2.9e-5, "q6_k": 2.7e-4, "q5_k": 1.14e-3, "q4_k": 4.65e-3, "iq4_xs": 5.3e-3, "mxfp4": 1.24e-2, "q3_k": 1.97e-2,
+    "iq3_xxs": 2.8e-2, "q2_k": 6.2e-2, "iq2_xs": 7.2e-2, "iq2_xxs": 9.5e-2, "iq1_m": 0.163,
 }  # fmt: skip
 DOWN_MATTERS = 1.5  # its output is added to the stream as it is; an error of gate or up passes a product first
 ENDS_MATTER = 2.0  # the first and the last eighth of the layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -12,11 +13,15 @@ from pathlib import Path
 
 import pexpect
 import pytest
+import torch
 
-from dsv4_quant import convert
+from dsv4_quant import convert, imatrix, schema
+from dsv4_quant.files import open_source
 from dsv4_quant.files.headers import read_header
+from dsv4_quant.imatrix import Entry
 from dsv4cli.commands import quantize
 from dsv4cli.errors import UsageError
+from dsv4cli.registry import catalog
 from tests.support.program import Outcome, environment
 from tests.support.synth import Checkpoint, Shape
 
@@ -79,6 +84,36 @@ def test_a_name_of_our_own_is_kept_through_a_gguf(run_dsv4: Run, source: Path, t
     again = read_header(tmp_path / "x.gguf").metadata
     assert again["general.name"] == "random"
     assert again["dsv4.recipe"] == "mxfp4 --down f16"
+
+
+def test_an_importance_matrix_is_used_and_named(run_dsv4: Run, tmp_path: Path) -> None:
+    config = read_header(catalog.resolve("tiny").located()).config
+    draw = torch.Generator().manual_seed(1)
+    entries = {spec.name: Entry(torch.rand(math.prod(spec.shape[:-2]), spec.shape[-1], generator=draw),
+                                torch.ones(math.prod(spec.shape[:-2])))
+               for spec in schema.gguf_tensors(config) if len(spec.shape) > 1}
+    imatrix.write(tmp_path / "i.gguf", entries, datasets=["chat"], chunks=3, chunk_size=512)
+    common = ("quantize", "tiny", "--recipe", "q2", "-o")
+    with_it = run_dsv4(*common, str(tmp_path / "with.gguf"), "--imatrix", str(tmp_path / "i.gguf"))
+    without = run_dsv4(*common, str(tmp_path / "without.gguf"))
+    assert (with_it.code, without.code) == (0, 0)
+    assert "Without --imatrix" in without.err
+    assert "Without --imatrix" not in with_it.err
+    one, other = (open_source(tmp_path / name).read("layers.1.ffn.experts.0.w2.weight") for name in ("with.gguf", "without.gguf"))
+    assert not torch.equal(one.data, other.data)
+    said = read_header(tmp_path / "with.gguf").metadata
+    assert (said["quantize.imatrix.file"], said["quantize.imatrix.chunks_count"]) == ("i.gguf", 3)
+    assert "weights" in read_header(tmp_path / "without.gguf").metadata["quantize.imatrix.dataset"]
+
+
+def test_an_importance_matrix_of_another_model(run_dsv4: Run, source: Path, tmp_path: Path) -> None:
+    entries = {"blk.0.attn_q_a.weight": Entry(torch.ones(1, 128), torch.ones(1))}
+    imatrix.write(tmp_path / "i.gguf", entries, datasets=[], chunks=1, chunk_size=1)
+    refused = run_dsv4("quantize", str(source), "-o", str(tmp_path / "o.gguf"), "--recipe", "mxfp4",
+                       "--imatrix", str(tmp_path / "i.gguf"))
+    assert refused.code == 2
+    assert "blk.0.attn_q_a.weight is 1 x 128" in refused.err
+    assert not (tmp_path / "o.gguf").exists()
 
 
 @pytest.mark.parametrize(("options", "code", "message", "hint"), [

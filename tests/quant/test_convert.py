@@ -30,6 +30,7 @@ from dsv4_quant.metadata import QUALITY, Origin
 from dsv4_quant.plan import Plan, make_plan
 from tests.support import gguf_writer, killed
 from tests.support.program import ROOT, environment
+from tests.support.synth import Checkpoint, Shape
 
 ORIGIN = Origin("DeepSeek-V4-Small", "deepseek-ai/DeepSeek-V4-Small", "0123abc", "MIT", "q2 --down q3_k", "{{ messages }}")
 
@@ -98,6 +99,37 @@ def test_model_keys_are_those_of_llamacpps_converter(folder: Path, made: Path, t
         "deepseek4.vocab_size": (["UINT32"], 64)}
 
 
+def test_tokenizer_keys(tmp_path: Path) -> None:
+    """Of the embedded model, as the tests' own writer has them from the specification; the template comes on top."""
+    folder = shutil.copytree(ROOT / "dsv4cli/assets/tiny", tmp_path / "tiny")
+    (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 1.0, "top_p": 0.95}')
+    ours = fields(written(folder, tmp_path / "tiny.gguf"))
+    other = fields(gguf_writer.write(open_source(folder), tmp_path / "other.gguf"))
+    tokenizer = {key: value for key, value in ours.items() if key.startswith("tokenizer.")}
+    assert tokenizer == {key: value for key, value in other.items() if key.startswith("tokenizer.")} | {
+        "tokenizer.chat_template": (["STRING"], "{{ messages }}")}
+    assert ours["general.sampling.temp"] == (["FLOAT32"], 1.0)
+    assert ours["general.sampling.top_p"][1] == pytest.approx(0.95)
+    kinds = tokenizer["tokenizer.ggml.token_type"][1]
+    assert {1, 3, 4} <= set(kinds)
+
+
+def test_dspark_keys(tmp_path: Path) -> None:
+    """spec/checkpoint.md section 5.4."""
+    folder = Checkpoint(Shape(stages=3, dspark=True), seed=5).write(tmp_path / "dspark")
+    trunk, drafter = (fields(written(folder, tmp_path / f"{stages}.gguf", stages=stages)) for stages in ("none", "dspark"))
+    for key in ("general.architecture", "deepseek4.block_count", "deepseek4.hash_layer_count", "deepseek4.swiglu_clamp_exp"):
+        assert key in trunk
+    assert drafter["general.architecture"][1] == "dflash"
+    assert not any(key.startswith("deepseek4.") for key in drafter)
+    expected = {
+        "block_count": 3, "attention.compress_ratios": [0, 0, 0], "hash_layer_count": 0, "block_size": 5,
+        "target_layers": [3, 4, 5], "embedding_length": 256, "swiglu_clamp_exp": [10.0] * 3}
+    assert {key: drafter[f"dflash.{key}"][1] for key in expected} == expected
+    assert "dflash.embedding_length_out" not in drafter
+    assert drafter["tokenizer.ggml.mask_token_id"] == (["UINT32"], 511)
+
+
 def test_general_keys(made: Path) -> None:
     keys = {key: value for key, (_, value) in fields(made).items() if not key.startswith(("deepseek4.", "GGUF."))}
     sizes = {tensor.name: int(tensor.n_elements) for tensor in gguf.GGUFReader(made).tensors}
@@ -146,6 +178,18 @@ def test_parts_of_a_split_file(folder: Path, made: Path, tmp_path: Path) -> None
     assert all(fields(part.path)["split.no"] == (["UINT16"], number) for number, part in enumerate(plan.parts))
     whole, split = open_source(made), open_source(plan.parts[0].path)
     assert torch.equal(whole.read("layers.2.ffn.experts.2.w2.weight").data, split.read("layers.2.ffn.experts.2.w2.weight").data)
+
+
+@pytest.mark.parametrize("name", ["q2", "q1"])
+def test_workers_do_not_change_a_byte(name: str, tmp_path: Path) -> None:
+    source, found, threads = ROOT / "dsv4cli/assets/tiny", set(), torch.get_num_threads()
+    for workers in (1, 3):
+        plan = planned(source, tmp_path / f"{workers}.gguf", name)
+        torch.set_num_threads(workers)
+        convert(plan, open_source(source), workers=workers)
+        found.add(digests(plan)[0])
+    torch.set_num_threads(threads)
+    assert len(found) == 1
 
 
 # ---- interruptions -------------------------------------------------------------------------------------------------

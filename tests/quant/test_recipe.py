@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dsv4_quant import recipe, schema
 from dsv4_quant.config import ModelConfig
@@ -124,6 +125,17 @@ def test_a_wanted_size_is_used_and_kept(flash: Header, size: int) -> None:
         assert plan.nbytes > 0.99 * size * 10**9
     else:  # exact experts are the best there is, however much room is left
         assert {t.type for t in plan.targets if t.slot in ("gate_up", "down")} == {"mxfp4"}
+
+
+def test_the_errors_of_types_are_those_of_our_encoders() -> None:
+    draw = torch.Generator().manual_seed(1)
+    rows, matters = torch.randn(4, 4096, generator=draw) * 0.02, torch.rand(4096, generator=draw) + 0.1
+    for name, expected in ERRORS.items():
+        encode = FORMATS[name].encode
+        assert encode is not None
+        off = FORMATS[name].decode(encode(rows, matters), None) - rows
+        error = float((matters * off.square()).sum() / (matters * rows.square()).sum())
+        assert error == pytest.approx(expected, rel=0.1), name
 
 
 def test_more_room_never_means_more_error(flash: Header) -> None:
