@@ -11,18 +11,23 @@ BLOCK = 256
 SMALLEST = 1e-15  # of the largest in a block: keeps divisions by nothing finite, and their squares
 LARGEST_HALF = 65504.0
 _LEAST_WEIGHT = 1e-6  # of the largest in the block: what nobody weighs shall still be approximated
-_PIECE = {"cpu": 2**17, "cuda": 2**21}  # weights at a time: bounds the memory
+_PIECE, _GPU_PIECE = 2**17, 2**20  # weights at a time: bounds the memory
 
 
 def encode(rows: Tensor, importance: Tensor | None, encode_blocks: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """uint8 [n, row bytes] of float rows [n, columns] by a function of (values, weights) [m, 256] to [m, block bytes]."""
+    """uint8 [n, row bytes] of float rows [n, columns] by a function of (values, weights) [m, 256] to [m, block bytes].
+
+    `importance` [columns] or [n, columns] says how much an error matters. Raises ValueError for rows of no whole blocks.
+    """
+    if rows.shape[-1] % BLOCK:
+        raise ValueError(f"rows of {rows.shape[-1]} are no multiple of {BLOCK}")
     pieces = [encode_blocks(values, weights) for values, weights in _pieces(rows, importance)]
     return torch.cat(pieces).view(rows.shape[0], -1)
 
 
 def _pieces(rows: Tensor, importance: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """(values, weights) float32 [m, 256] of a few rows at a time."""
-    step = max(1, _PIECE[rows.device.type] // rows.shape[-1])
+    step = max(1, (_PIECE if rows.is_cpu else _GPU_PIECE) // rows.shape[-1])
     weights = torch.ones(1, device=rows.device) if importance is None else importance
     weights = weights.expand(rows.shape)
     for first in range(0, rows.shape[0], step):

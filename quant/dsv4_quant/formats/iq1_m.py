@@ -59,11 +59,16 @@ def _neighbours(device: torch.device) -> tuple[Tensor, Tensor]:
     """
     grid = _grid(torch.device("cpu"))
     patterns = torch.arange(_PATTERNS)[:, None] // 3 ** torch.arange(8) % 3 - 1.0
-    distance = (patterns * patterns).sum(1, keepdim=True) - 2 * patterns @ grid.t() + (grid * grid).sum(1)
-    ranked = distance * len(grid) + torch.arange(len(grid))  # no ties, so the same on every machine
-    points = ranked.topk(_CANDIDATES, 1, largest=False).indices.t().contiguous()
+    points = torch.cat([_nearest_points(some, grid) for some in patterns.split(3**6)]).t().contiguous()
     values = grid[points].transpose(1, 2).contiguous()
     return points.to(device), values.to(device)
+
+
+def _nearest_points(patterns: Tensor, grid: Tensor) -> Tensor:
+    """int64 [n, candidates] of patterns [n, 8], the nearest first; of equally near ones the first."""
+    distance = (patterns * patterns).sum(1, keepdim=True) - 2 * patterns @ grid.t() + (grid * grid).sum(1)
+    ranked = distance * len(grid) + torch.arange(len(grid))
+    return ranked.topk(_CANDIDATES, 1, largest=False).indices
 
 
 class _Search:
@@ -99,9 +104,9 @@ class _Search:
 
     def _rounded(self, scale: Tensor, shift: float) -> Tensor:
         """float32 [groups, parts]: the cost of each group's best values -1, 0, 1 at a shift."""
-        y = self._x * (1 / scale) - shift
-        rest = y - y.round().clamp_(-1, 1)
-        return fold(self._w * (rest * rest)) * (scale * scale)
+        y = (self._x * (1 / scale)).sub_(shift)
+        rest = y.round().clamp_(-1, 1).sub_(y)
+        return fold(rest.mul_(rest).mul_(self._w)) * (scale * scale)
 
     def _stored(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """(d, the step that it means): float16 [m] and float32 [m] in units of the block."""
@@ -109,20 +114,25 @@ class _Search:
         return d, (d.float() / self._unit).clamp_min(SMALLEST)
 
     def _nearest(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(shift, point [groups, parts], values [8, groups, parts]): the best candidate for the rounded values."""
-        up = self._rounded(scale, SHIFT) <= self._rounded(scale, -SHIFT)
-        shift = torch.where(up, SHIFT, -SHIFT)
-        y = self._x * (1 / scale) - shift
-        code = self._pattern(y.round().clamp_(-1, 1)).flatten()
+        """(shift, point [groups, parts], values [8, groups, parts]) that suit each group best at scales [parts]."""
+        (up_cost, up), (down_cost, down) = (self._candidate(scale, shift) for shift in (SHIFT, -SHIFT))
+        is_up = up_cost <= down_cost
+        point = torch.where(is_up, up, down)
+        values = _grid(point.device).t().index_select(1, point.flatten())
+        return torch.where(is_up, SHIFT, -SHIFT), point, values.view(self._x.shape)
+
+    def _candidate(self, scale: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+        """(cost, point) [groups, parts] of the best of the grid points around the rounded values."""
+        y = (self._x * (1 / scale)).sub_(shift)
+        pattern = self._pattern(y.round().clamp_(-1, 1)).flatten()
         points, values = _neighbours(y.device)
-        costs = torch.empty(len(values), *shift.shape, device=y.device)
+        costs = torch.empty(len(values), *y.shape[1:], device=y.device)
         for cost, table in zip(costs, values, strict=True):
-            rest = y - table.index_select(1, code).view(y.shape)
-            cost.copy_(fold(rest * rest * self._w))
-        _, rank = blocks.lowest(costs)
-        index = rank.flatten() * _PATTERNS + code
-        point = points.flatten().index_select(0, index).view(shift.shape)
-        return shift, point, _grid(y.device).t().index_select(1, point.flatten()).view(y.shape)
+            rest = table.index_select(1, pattern).view(y.shape).sub_(y)
+            cost.copy_(fold(rest.mul_(rest).mul_(self._w)))
+        least, rank = blocks.lowest(costs)
+        index = rank.flatten() * _PATTERNS + pattern
+        return least, points.flatten().index_select(0, index).view(least.shape)
 
     def _pattern(self, values: Tensor) -> Tensor:
         """int32 [groups, parts] of values -1, 0, 1 [8, groups, parts]."""

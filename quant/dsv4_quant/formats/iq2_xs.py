@@ -15,8 +15,8 @@ from dsv4_quant.formats.blocks import BLOCK
 from dsv4_quant.formats.signed_grid import Coded, Layout
 
 BLOCK_BYTES = 74
-_GRID = signed_grid.three_levels(grids.iq2_xs())
-_LAYOUT = Layout(_GRID, part=16, divisor=8, starts=(0.028, 0.034, 0.041))
+GRID = signed_grid.three_levels(grids.iq2_xs())
+_LAYOUT = Layout(GRID, part=16, divisor=8, starts=(0.028, 0.034, 0.041))
 
 
 def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
@@ -27,7 +27,7 @@ def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
     words = words[..., 0] | words[..., 1] << 8
     s = torch.stack([blocks[..., 66:] & 15, blocks[..., 66:] >> 4], -1).flatten(-2)
     step = d * (s.float() + 0.5) * 0.25
-    return signed_grid.decode(step, words & 511, words >> 9, _GRID)
+    return signed_grid.decode(step, words & 511, words >> 9, GRID)
 
 
 def encode(rows: Tensor, importance: Tensor | None = None) -> Tensor:

@@ -15,8 +15,8 @@ from dsv4_quant.formats.blocks import BLOCK
 from dsv4_quant.formats.signed_grid import Coded, Layout
 
 BLOCK_BYTES = 66
-_GRID = signed_grid.three_levels(grids.iq2_xxs())
-_LAYOUT = Layout(_GRID, part=32, divisor=8, starts=(0.029, 0.034, 0.039, 0.045))
+GRID = signed_grid.three_levels(grids.iq2_xxs())
+_LAYOUT = Layout(GRID, part=32, divisor=8, starts=(0.029, 0.034, 0.039, 0.045))
 
 
 def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
@@ -26,7 +26,7 @@ def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
     parts = blocks[..., 2:].unflatten(-1, (8, 8))
     s, signs = signed_grid.unpack(parts[..., 4:])
     step = d * (s.float() + 0.5) * 0.25
-    return signed_grid.decode(step, parts[..., :4], signs, _GRID)
+    return signed_grid.decode(step, parts[..., :4], signs, GRID)
 
 
 def encode(rows: Tensor, importance: Tensor | None = None) -> Tensor:

@@ -25,8 +25,8 @@ def _grid() -> Grid:
     return Grid(codes, (4, 12, 20, 28, 36, 44, 52, 62), features, (8, 0, 62 - 60), (0, 128, 62**2 - 60**2))
 
 
-_GRID = _grid()
-_LAYOUT = Layout(_GRID, part=32, divisor=4, starts=(0.024, 0.029, 0.034, 0.041))
+GRID = _grid()
+_LAYOUT = Layout(GRID, part=32, divisor=4, starts=(0.026, 0.0316, 0.0378))
 
 
 def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
@@ -35,7 +35,7 @@ def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
     d = blocks[..., :2].contiguous().view(torch.float16).float()
     s, signs = signed_grid.unpack(blocks[..., 66:].unflatten(-1, (8, 4)))
     step = d * (s.float() + 0.5) * 0.5
-    return signed_grid.decode(step, blocks[..., 2:66].unflatten(-1, (8, 8)), signs, _GRID)
+    return signed_grid.decode(step, blocks[..., 2:66].unflatten(-1, (8, 8)), signs, GRID)
 
 
 def encode(rows: Tensor, importance: Tensor | None = None) -> Tensor:

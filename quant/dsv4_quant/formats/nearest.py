@@ -3,7 +3,8 @@
 The cost of a grid point is a sum over elements, and an element's cost is linear in a few whole-numbered features of its
 level. So a product of [vectors, features] with [features, points] holds the cost of every pair. Coefficients are rounded
 to whole numbers small enough that float32 adds them exactly, whatever the order, and a last feature adds the number of
-the point, so that the minimum alone (fast) says which point it was (argmin is slow).
+the point, so that the minimum alone (fast) says which point it was (argmin is slow). On a GPU this needs products in
+full float32, torch's default.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from dsv4_quant.formats.blocks import SMALLEST, fold
 
 EXACT = 2**24  # float32 holds every whole number up to here
-_CHUNK = {"cpu": 2**19, "cuda": 2**24}  # costs at a time: what stays in a cache, or fills a GPU
+_CHUNK, _GPU_CHUNK = 2**19, 2**24  # costs at a time: what stays in a cache, or fills a GPU
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,13 @@ class Grid:
         columns = torch.empty(len(self._linear) * self.elements + 1, *w.shape[1:], device=w.device)
         for i, (a, b) in enumerate(zip(self._square, self._linear, strict=True)):
             part = columns[i * self.elements : (i + 1) * self.elements]
-            torch.sub(w * a, wx * b, out=part)
+            torch.mul(w, a, out=part).sub_(wx * b)
         columns.round_()[-1] = 1
         return self._minimum(columns.flatten(1)).view(w.shape[1:])
 
     def _minimum(self, columns: Tensor) -> Tensor:
         products = self._on(columns.device)[0]
-        size = _CHUNK[columns.device.type] // self.points
+        size = (_CHUNK if columns.is_cpu else _GPU_CHUNK) // self.points
         count = columns.shape[1]
         best = torch.empty(count, device=columns.device)
         costs = torch.empty(min(size, count), self.points, device=columns.device)

@@ -146,8 +146,7 @@ class _Search:
         near = [((s + move).clamp_(0, 15) * 2 + 1) * u[:, None] for move in (0, -1, 1)]
         scale, points = self._best([one.flatten() for one in near])
         multiple = (scale.view(s.shape) / u[:, None]).round_()
-        d, u = self._stored(self._refit(multiple, points))
-        _, points = self._best([(multiple * u[:, None]).flatten()])
+        d, _ = self._stored(self._refit(multiple, points))
         return d, multiple.long() >> 1, points
 
     def _best(self, scales: list[Tensor]) -> tuple[Tensor, Tensor]:
