@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from dsv4_quant import recipe
 from dsv4_quant.convert import convert
@@ -19,6 +21,7 @@ from dsv4_quant.plan import make_plan
 from dsv4cli.encoding.template import render
 from dsv4cli.engine import Engine
 from dsv4cli.registry import catalog
+from tests.support.gguf_writer import as_converted, as_ds4_in_four_bits, as_ds4_in_two_bits, ds4_keys, write
 from tests.support.llamacpp import LlamaCpp
 from tests.support.synth import Checkpoint, Shape
 
@@ -28,6 +31,7 @@ QUESTIONS = [
     "What can you do?", "What is 61 + 18?", "Name the capital of Spain.", "Thank you!", "capital of Italy",
 ]  # fmt: skip
 
+THEIRS = {"llama.cpp": as_converted, "ds4-q4": as_ds4_in_four_bits, "ds4-q2": as_ds4_in_two_bits}
 Written = Callable[..., Path]
 
 
@@ -63,6 +67,36 @@ def test_llamacpp_and_we_say_the_same(name: str, tiny: Written) -> None:
         ours = greedy(engine, ids)
         assert ours
         assert llama.greedy(ids, COUNT) == ours, question
+
+
+# What the types may cost: mean KL divergence, in nats, from the embedded model as it is, over what it answers.
+COSTS = {"llama.cpp": 2e-5, "ds4-q4": 0.001, "ds4-q2": 0.03, "mxfp4": 3e-5, "q4": 0.001, "q3": 0.008, "q2": 0.04, "q1": 0.1}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_the_embedded_model_stays_itself(name: str, tiny: Written, tmp_path: Path) -> None:
+    """As we write it, and with the types and keys that others publish (spec/checkpoint.md sections 5.1 to 5.5)."""
+    if name in recipe.RECIPES:
+        path = tiny(name)
+    else:
+        official = open_source(catalog.resolve("tiny").located())
+        change = (lambda keys: None) if name == "llama.cpp" else ds4_keys(official.config)
+        path = write(official, tmp_path / "theirs.gguf", THEIRS[name], change_keys=change)
+    expected, found = exam(Engine.open("tiny", numerics="plain")), exam(Engine.open(path, numerics="plain"))
+    divergence = float(torch.nn.functional.kl_div(found, expected, log_target=True, reduction="none").sum(-1).mean())
+    assert divergence < COSTS[name]
+
+
+def exam(engine: Engine) -> Tensor:
+    """Log probabilities [tokens, vocab] over conversations that the embedded model knows."""
+    found = []
+    for question, answer in (("What is the capital of France?", "The capital of France is Paris."), ("What is 27 + 35?", "62.")):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        ids = engine.tokenizer.encode(render(messages, thinking=False, release="april"))
+        session = engine.session()
+        logits = torch.stack([session.sync(ids[: end + 1]) for end in range(len(ids))])
+        found.append(logits.float().log_softmax(-1))
+    return torch.cat(found)
 
 
 def test_llamacpp_drafts_with_the_mtp_block(tiny: Written) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from dsv4_quant.drafts import Drafts, draft_of
 from dsv4_quant.errors import WrongUse
 from dsv4_quant.files import Source
+from dsv4_quant.imatrix import WeightEnergy
 from dsv4_quant.journal import Journal
 from dsv4_quant.plan import Piece, Plan
 from dsv4_quant.quantize import Lookup, encode_piece, no_importance
@@ -63,11 +64,13 @@ def convert(
 ) -> None:
     """Writes the plan's files, going on where an earlier run of the same work was stopped.
 
-    With `force` existing output is replaced and another's unfinished work given up. Raises WrongUse for output that exists, other
-    unfinished work, and importance of another model; NotEnoughRoom; and what `encode_piece` raises. After
-    KeyboardInterrupt what was finished is noted.
+    Without an importance matrix the weights' own energy stands in. With `force` existing output is replaced and another's
+    unfinished work given up. Raises WrongUse for output that exists, other unfinished work, and importance of another model;
+    NotEnoughRoom; and what `encode_piece` raises. After KeyboardInterrupt what was finished is noted.
     """
-    if importance is not None:
+    if importance is None and plan.weighed:
+        importance = WeightEnergy(source)
+    elif importance is not None:
         _check_importance(plan, importance)
     drafts, journal = Drafts(plan), Journal(journal_of(plan.output))
     try:

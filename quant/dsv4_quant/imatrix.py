@@ -23,8 +23,9 @@ from torch import Tensor
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.errors import CorruptFile, WrongUse
 from dsv4_quant.files import gguf_header, gguf_writer
-from dsv4_quant.files.mapping import map_file, typed_view
+from dsv4_quant.files.mapping import forget, map_file, typed_view
 from dsv4_quant.files.source import Source
+from dsv4_quant.metadata import WEIGHT_ENERGY
 from dsv4_quant.schema import GgufSpec, gguf_tensors
 
 SUMS, COUNTS = ".in_sum2", ".counts"
@@ -278,7 +279,7 @@ class WeightEnergy:
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.keys: dict[str, Any] = {"file": "none", "dataset": "none: mean squares of the weights' own columns"}
+        self.keys: dict[str, Any] = dict(WEIGHT_ENERGY)
         self._known: dict[tuple[str, int | None], Tensor] = {}
         self._official = {spec.name: spec.official for spec in gguf_tensors(source.config) if len(spec.shape) > 1}
 
@@ -300,5 +301,7 @@ class WeightEnergy:
         weight = self.source.read(official)
         rows, total = weight.shape[0], torch.zeros(weight.shape[1], dtype=torch.float64)
         for start in range(0, rows, self.ROWS):
-            total += weight.rows(slice(start, min(start + self.ROWS, rows))).double().square().sum(0)
+            chosen = slice(start, min(start + self.ROWS, rows))
+            total += weight.rows(chosen).double().square().sum(0)
+            forget(weight.data[chosen])
         return (total / rows).float()

@@ -32,6 +32,8 @@ FILE_TYPES = {
     "iq3_xxs": 23, "q2_k": 10, "iq2_xs": 20, "iq2_xxs": 19, "iq1_m": 31,
 }  # fmt: skip
 LARGEST_JSON = 1 << 28
+# What is said behind "quantize.imatrix." where no importance was collected.
+WEIGHT_ENERGY = {"file": "none", "dataset": "none: mean squares of the weights' own columns"}
 
 
 @dataclass(frozen=True)

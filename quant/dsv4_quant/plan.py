@@ -69,6 +69,11 @@ class Target:
     def nbytes(self) -> int:
         return self.experts * self.rows * row_bytes(self.type, self.columns)
 
+    @property
+    def weighed(self) -> bool:
+        """Whether the importance of a column can make a difference; not to what is copied, or rounded number by number."""
+        return self.type in recipe.TYPES and self.type not in (*recipe.UNWEIGHED, KEPT.get(self.stored, self.stored))
+
 
 class Piece(NamedTuple):
     """Rows `first` .. `first + rows` of a matrix of a target, and where in the part they go."""
@@ -106,6 +111,11 @@ class Plan:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def weighed(self) -> bool:
+        """Whether anything is searched for with an importance of its columns."""
+        return any(target.weighed for target in self.targets)
 
     @cached_property
     def pieces(self) -> int:
@@ -162,6 +172,8 @@ def make_plan(
         targets = _fitted(targets, changes, target_size - _size(head, targets, part_size), target_size)
     for target in targets:
         _check_rows(target)
+    if not origin.imatrix and any(target.weighed for target in targets):
+        origin = replace(origin, imatrix=metadata.WEIGHT_ENERGY)
     return _laid_out(source, output, _entries(source, variant, specs, targets, origin), targets, part_size)
 
 

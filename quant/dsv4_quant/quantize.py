@@ -36,7 +36,8 @@ def encode_piece(source: Source, piece: Piece, importance: Lookup = no_importanc
     else:
         values = torch.cat([_floats(weight, rows) for weight in packed], dim=-1)
         _check_finite(values, piece, source)
-        encoded = _encoded(values.to(device), target, importance(target.name, _expert(piece))).cpu()
+        matters = importance(target.name, _expert(piece)) if target.weighed else None
+        encoded = _encoded(values.to(device), target, matters).cpu()
     for weight in packed:
         forget(_rows(weight, rows))
         if weight.format == "fp4" and weight.scale is not None:  # a row of scales each; FP8's tiles are read again

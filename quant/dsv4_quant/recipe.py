@@ -19,6 +19,7 @@ KEEP = "keep"
 # Types that are written, from the largest to the smallest.
 TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "mxfp4", "q3_k", "iq3_xxs", "q2_k", "iq2_xs", "iq2_xxs",
          "iq1_m")  # fmt: skip
+UNWEIGHED = ("f32", "f16", "bf16", "q8_0")  # to write these, nobody asks how much a column matters
 # What can be given a type of its own, and what a change to it means.
 ROLES = {
     "experts": ("gate_up", "down"), "down": ("down",), "attention": ("attention",), "shared": ("shared",),

@@ -17,10 +17,13 @@ from dsv4_quant.formats.search import Piece, ratio, total
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to search: guesses of the scale (added to the highest level), rounds of sub-blocks and of blocks, and
-    guesses of the block's steps (divisors of the largest scale)."""
+    """How long to search: guesses of the scale, rounds of sub-blocks and of blocks, and guesses of the block's steps
+    (divisors of the largest scale).
 
-    guesses: tuple[float, ...]
+    A guess (more, inset) spreads the range, less its inset at both ends (a part of it), over `more` levels than there are.
+    """
+
+    guesses: tuple[tuple[float, float], ...]
     fits: int
     rounds: int
     divisors: tuple[float, ...]
@@ -55,21 +58,15 @@ class Affine:
         self.height = piece.x.sub_(self.floor)
         self.reach = self.height.amax(0)
         self.weight = piece.weight
-        self.wx = self.weight * self.height
-        self.levels, self._one, self._two = (torch.empty_like(self.wx) for _ in range(3))
+        self.wx = torch.mul(self.weight, self.height, out=piece.spare())
+        self.levels, self._one, self._two = (piece.spare() for _ in range(3))
         self.sum_w = total(self._one.copy_(self.weight))
         self.sum_wx = total(self._one.copy_(self.wx))
 
     def level(self, scale: Tensor, shift: Tensor) -> Moments:
         """Sets the levels nearest to (height - shift) / scale; gives their moments."""
         q = torch.sub(self.height, shift, out=self.levels).mul_(ratio(1.0, scale))
-        return self._moments(q.round_().clamp_(0, self.top))
-
-    def guess(self, inverse: Tensor) -> Moments:
-        """The same with nothing below the floor."""
-        return self._moments(torch.mul(self.height, inverse, out=self.levels).round_().clamp_(0, self.top))
-
-    def _moments(self, q: Tensor) -> Moments:
+        q.round_().clamp_(0, self.top)
         wq = torch.mul(self.weight, q, out=self._one)
         qq = total(torch.mul(wq, q, out=self._two))
         return Moments(total(wq), qq, total(torch.mul(self.wx, q, out=self._two)))
@@ -94,7 +91,8 @@ class Affine:
         best = shift * (shift * self.sum_w - 2 * self.sum_wx)
         for turn in range(len(effort.guesses) + effort.fits):
             if turn < len(effort.guesses):
-                moments = self.guess(ratio(self.top + effort.guesses[turn], self.reach))
+                more, inset = effort.guesses[turn]
+                moments = self.level(self.reach * ((1 - 2 * inset) / (self.top + more)), self.reach * inset)
             else:
                 moments = self.level(scale, shift)
             tried = self.solve(moments)

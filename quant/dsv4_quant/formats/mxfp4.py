@@ -7,11 +7,11 @@ from torch import Tensor
 
 from dsv4_quant.formats import e8m0, fp4
 from dsv4_quant.formats.base import Format
-from dsv4_quant.formats.search import Piece, search_pieces, total
+from dsv4_quant.formats.search import Piece, search_pieces, total, turn_back
 
 BLOCK, BLOCK_BYTES = 32, 17
 # The codes of the multiples of a half from -6 to 6, where they have one.
-_CODES = fp4.nearest(torch.arange(-12, 13) / 2)
+_CODES = fp4.nearest(torch.arange(-12, 13) / 2).float()
 
 
 def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
@@ -38,25 +38,28 @@ def _encode(piece: Piece) -> Tensor:
     """Of the smallest scale that holds the largest element and the half of it, the one with the lesser error."""
     largest = torch.maximum(piece.x.amax(0), -piece.x.amin(0))
     wide = torch.where(largest > fp4.LARGEST / 8, 4.0, 8.0)  # inverse scales: the largest lies within 0.5..1
-    error, narrow_error = _error(piece, wide), _error(piece, 2 * wide)
+    values, spare = piece.spare(), piece.spare()
+    error, narrow_error = (_error(piece, inverse, values, spare) for inverse in (wide, 2 * wide))
     inverse = torch.where(narrow_error < error, 2 * wide, wide)
-    halves = _nearest(piece.x * inverse).mul_(2).add_(12).to(torch.int32)
-    codes = _CODES.to(halves.device).index_select(0, halves.flatten()).view(BLOCK, -1)
+    halves = _nearest(torch.mul(piece.x, inverse, out=values), spare).mul_(2).add_(12)
+    place = spare.view(torch.int32).copy_(halves)
+    torch.index_select(_CODES.to(place.device), 0, place.view(-1), out=values.view(-1))
+    pairs = values[16:].mul_(16).add_(values[:16])
     scale = piece.exponent + 127 - torch.frexp(inverse[0]).exponent + 1
-    return torch.cat([scale.clamp_(0, 254).to(torch.uint8)[:, None], (codes[:16] | codes[16:] << 4).T], dim=1)
+    return torch.cat([scale.clamp_(0, 254).to(torch.uint8)[:, None], turn_back(pairs).flatten(1)], dim=1)
 
 
-def _error(piece: Piece, inverse: Tensor) -> Tensor:
-    """The weighted squared error [1, block] under these scales, powers of two."""
-    off = _nearest(piece.x * inverse).mul_(1 / inverse).sub_(piece.x)
+def _error(piece: Piece, inverse: Tensor, values: Tensor, spare: Tensor) -> Tensor:
+    """The weighted squared error [1, block] under these scales, powers of two; `values` and `spare` are buffers."""
+    off = _nearest(torch.mul(piece.x, inverse, out=values), spare).mul_(1 / inverse).sub_(piece.x)
     return total(off.mul_(off).mul_(piece.weight))
 
 
-def _nearest(numbers: Tensor) -> Tensor:
-    """Replaces float32 numbers, in place, by the nearest of FP4's values."""
-    numbers.clamp_(-fp4.LARGEST, fp4.LARGEST)
-    power = (numbers.view(torch.int32) & 0x7F800000).view(torch.float32)  # the power of two below, of the size
-    shift = power.clamp_(min=1.0).mul_(1.5 * 2**22)  # what is added to this has no room for less than half of that power
+def _nearest(numbers: Tensor, spare: Tensor) -> Tensor:
+    """Replaces float32 numbers, in place, by the nearest of FP4's values; `spare` is a buffer."""
+    bits = numbers.clamp_(-fp4.LARGEST, fp4.LARGEST).view(torch.int32)
+    torch.bitwise_and(bits, 0x7F800000, out=spare.view(torch.int32))  # the power of two below each size
+    shift = spare.clamp_(min=1.0).mul_(1.5 * 2**22)  # what is added to this has no room for less than half of that power
     return numbers.add_(shift).sub_(shift)
 
 

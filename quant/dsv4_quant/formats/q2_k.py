@@ -15,7 +15,9 @@ from dsv4_quant.formats.base import Format
 from dsv4_quant.formats.search import Piece, bytes_of, search_pieces, turn_back
 
 BLOCK, BLOCK_BYTES, SUB, TOP = 256, 84, 16, 3
-EFFORT = Effort(guesses=(-0.8, -0.5, -0.2, 0.1, 0.4, 0.8, 1.2), fits=4, rounds=4, divisors=(15, 14, 16, 12.5))
+# Chosen as Q4_K's.
+GUESSES = ((0.0, 0.1), (-0.6, 0.15), (0.6, 0.0), (0.15, -0.1), (-1.05, 0.15), (1.05, 0.1), (-0.3, 0.15), (-0.9, 0.15))
+EFFORT = Effort(guesses=GUESSES, fits=1, rounds=4, divisors=(15, 14, 16))
 
 
 def decode(rows: Tensor, scales: Tensor | None) -> Tensor:

@@ -18,6 +18,25 @@ LARGEST_HALF = 65504.0
 LEAST_WEIGHT = 1e-6  # of a block's largest: an element of no importance still prefers to be near
 
 
+class Scratch:
+    """Buffers that serve every piece of a call: to touch fresh memory costs more than several passes of arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._taken = 0
+
+    def give_back(self) -> None:
+        """Everything taken may be taken again."""
+        self._taken = 0
+
+    def take(self, like: Tensor) -> Tensor:
+        """float32 of this shape on this device, with anything in it."""
+        if self._taken == len(self._buffers):
+            self._buffers.append(torch.empty(like.numel(), device=like.device))
+        self._taken += 1
+        return self._buffers[self._taken - 1][: like.numel()].view(like.shape)
+
+
 @dataclass
 class Piece:
     """Numbers and weights [element, sub-block, block], each block divided by 2^exponent so that it lies within -1..1."""
@@ -25,6 +44,11 @@ class Piece:
     x: Tensor
     weight: Tensor
     exponent: Tensor
+    scratch: Scratch
+
+    def spare(self) -> Tensor:
+        """A buffer of x's shape."""
+        return self.scratch.take(self.x)
 
     def half(self, step: Tensor) -> Tensor:
         """float16 of a step per block, in the units of the rows; what is too large becomes the largest."""
@@ -70,34 +94,37 @@ def search_pieces(rows: Tensor, importance: Tensor | None, block: int, block_byt
         raise ValueError(f"Importance of shape {tuple(importance.shape)} for rows of shape {tuple(rows.shape)}.")
     step = min(count, rows_at_a_time(rows))
     shared = _weights(importance.expand(step, columns), block, size) if importance.dim() == 1 else None
+    scratch = Scratch()
 
     def encode_blocks(blocks: Tensor, row: int) -> Tensor:
         if shared is None:
             weight = _weights(importance[row : row + step], block, size)
         else:
             weight = shared[..., : len(blocks)].contiguous()
-        return encode(_lay_out(blocks, weight, size))
+        scratch.give_back()
+        return encode(_lay_out(blocks, weight, size, scratch))
 
     return by_pieces(rows, block, block_bytes, encode_blocks)
 
 
 def _weights(importance: Tensor, block: int, size: int) -> Tensor:
     """float32 [element, sub-block, block] of importance [n, columns]: up to 1 in each block, and never nothing."""
-    weight = _turn(importance.float().reshape(-1, block), size)
+    weight = _turn(importance.float().reshape(-1, block), size, Scratch())
     return weight.div_(weight.amax((0, 1)).clamp_min_(torch.finfo(torch.float32).tiny)).clamp_min_(LEAST_WEIGHT)
 
 
-def _lay_out(blocks: Tensor, weight: Tensor, size: int) -> Piece:
+def _lay_out(blocks: Tensor, weight: Tensor, size: int, scratch: Scratch) -> Piece:
     """A piece of blocks [n, block] cut to sub-blocks of `size`."""
-    x = _turn(blocks, size)
+    x = _turn(blocks, size, scratch)
     largest = torch.maximum(x.amax((0, 1)), -x.amin((0, 1)))
     exponent = torch.frexp(largest).exponent.clamp_(-126, 126)
-    return Piece(x.mul_(_times_power(torch.ones_like(largest), -exponent)), weight, exponent)
+    return Piece(x.mul_(_times_power(torch.ones_like(largest), -exponent)), weight, exponent, scratch)
 
 
-def _turn(blocks: Tensor, size: int) -> Tensor:
+def _turn(blocks: Tensor, size: int, scratch: Scratch) -> Tensor:
     """[element, sub-block, n] of blocks [n, block]. Two plain copies are faster than one between both orders."""
-    return blocks.T.contiguous().unflatten(0, (-1, size)).transpose(0, 1).contiguous()
+    turned = scratch.take(blocks.T).copy_(blocks.T).unflatten(0, (-1, size)).transpose(0, 1)
+    return scratch.take(turned).copy_(turned)
 
 
 def _times_power(numbers: Tensor, exponent: Tensor) -> Tensor:

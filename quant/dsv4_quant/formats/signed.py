@@ -53,8 +53,8 @@ class Signed:
     def __init__(self, piece: Piece, nearest: Nearest, grid: int) -> None:
         self.piece, self.nearest, self.grid = piece, nearest, grid
         self.weight = piece.weight
-        self.wx = piece.weight * piece.x
-        self.values, self._one = torch.empty_like(self.wx), torch.empty_like(self.wx)
+        self.wx = torch.mul(piece.weight, piece.x, out=piece.spare())
+        self.values, self._one = piece.spare(), piece.spare()
 
     def moments(self, inverse: Tensor) -> Moments:
         """Sets the values nearest to the numbers times `inverse`; gives their moments."""
