@@ -23,6 +23,7 @@ def check(path: Path, reference: str | Path, *, text: str | None = None, ctx: in
     The figures go into the file's header, where there is room for them, and into the card beside it. Raises what opening a
     model raises, UsageError for models of other tokens, WrongUse for a file that dsv4 did not make.
     """
+    report.demand_room(path)
     ours, theirs = Engine.open(path, **opening), Engine.open(reference, **opening)
     words = text if text is not None else evaluation_text()
     ids = divergence.encoded(ours, theirs, words)

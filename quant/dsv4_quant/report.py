@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsv4_quant.errors import QuantError
+from dsv4_quant.errors import QuantError, WrongUse
 from dsv4_quant.files import gguf_header, gguf_writer
 from dsv4_quant.files.info import TensorInfo
 from dsv4_quant.metadata import HUB, QUALITY
@@ -68,6 +68,12 @@ class Described:
         except ValueError:  # the blanks that were reserved
             return None
         return found if isinstance(found, dict) and isinstance(found.get("contexts"), list) else None
+
+
+def demand_room(path: Path) -> None:
+    """Raises WrongUse unless `record` will find room in the file; measuring takes long."""
+    if QUALITY not in gguf_header.read(path).metadata:
+        raise WrongUse(f"{path} has no key {QUALITY}.", "Only files that dsv4 quantize wrote have room for figures.")
 
 
 def record(path: Path, quality: Mapping[str, Any]) -> None:
