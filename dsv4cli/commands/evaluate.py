@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from dsv4cli import console, paths
+from dsv4cli import console
 from dsv4cli.commands import light
 from dsv4cli.commands.arguments import Json, Model
 from dsv4cli.commands.options import OPENING, with_settings
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Compute logits, perplexity and divergence, to compare models and runners.", no_args_is_help=True,
                   add_completion=False, cls=light.Group)
 STDIN = "-"
-LONG = 2048  # tokens: the usual longer context
 HEADINGS = ("context", "tokens", "perplexity", "reference", "KL mean", "KL 99 %", "top-1 equal")
 
 
@@ -92,13 +91,13 @@ def kld(
     Perplexity of both, Kullback-Leibler divergence of the model from the reference in nats, and how often both expect the same
     token, in contexts of 512 and of --ctx tokens (2048 unless given).
     """
-    words = text_of(text) if text is not None else evaluation_text()
+    words = text_of(text) if text is not None else None
     from dsv4cli.commands.opening import open_engine
-    from dsv4cli.engine import divergence
+    from dsv4cli.engine import divergence, quality
 
     ours, theirs = open_engine(model, chosen), open_engine(reference, chosen)
-    ids = divergence.encoded(ours, theirs, words)
-    lengths = divergence.windows_for(chosen["ctx"] or min(LONG, ours.ctx, theirs.ctx), len(ids))
+    ids = divergence.encoded(ours, theirs, quality.evaluation_text() if words is None else words)
+    lengths = divergence.windows_for(chosen["ctx"] or min(quality.LONG, ours.ctx, theirs.ctx), len(ids))
     with console.progress(chosen["quiet"]) as report:
         rows = [divergence.compare(ours, theirs, ids, window, progress=report) for window in lengths]
     if json:
@@ -111,11 +110,6 @@ def kld(
 def _in_words(row: Divergence) -> list[str]:
     return [f"{row.window:,}", f"{row.tokens:,}", f"{row.perplexity:.4f}", f"{row.reference_perplexity:.4f}",
             f"{row.kl:.5f} ± {row.kl_error:.5f}", f"{row.kl_p99:.4f}", f"{row.top1:.2%}"]
-
-
-def evaluation_text() -> str:
-    """What models are compared over unless a text is given. Nothing of it is in the calibration set."""
-    return paths.bundled("evaluation.txt").read_text(encoding="utf-8")
 
 
 def ids_of(text: str, where: str) -> list[int]:

@@ -14,7 +14,7 @@ from dsv4cli.encoding.template import ALIASES
 from dsv4cli.errors import UsageError
 
 SOURCE = Path(__file__).with_name("chat.jinja")
-CONSTANTS = ("BOS", "EOS", "USER", "ASSISTANT", "REMINDER", "THINK", "END_THINK", "TOOLS_BEFORE", "TOOLS_AFTER",
+CONSTANTS = ("BOS", "EOS", "USER", "ASSISTANT", "REMINDER", "THINK", "END_THINK", "DSML", "TOOLS_BEFORE", "TOOLS_AFTER",
              "RESPONSE_FORMAT")
 
 
