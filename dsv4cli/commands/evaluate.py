@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -104,7 +105,12 @@ def kld(
         console.print_json({"model": ours.name, "reference": theirs.name, "text": text or "dsv4",
                             "contexts": [asdict(row) for row in rows]})
     else:
-        console.table(HEADINGS, [_in_words(row) for row in rows], right=range(len(HEADINGS)))
+        print_divergence(rows)
+
+
+def print_divergence(rows: Sequence[Divergence]) -> None:
+    """A line for each context length."""
+    console.table(HEADINGS, [_in_words(row) for row in rows], right=range(len(HEADINGS)))
 
 
 def _in_words(row: Divergence) -> list[str]:

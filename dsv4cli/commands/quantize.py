@@ -56,6 +56,8 @@ def quantize(
                                          help="Write the DSpark stages, as a file of their own, instead.")] = False,
     split_max_size: Annotated[Optional[str], typer.Option(  # noqa: UP045
         metavar="SIZE", rich_help_panel=FILES, help="Split into files of at most this size: 40GB.")] = None,
+    check: Annotated[bool, typer.Option(
+        "--check", metavar="", help="Then measure the file against its source, and write a model card beside it.")] = False,
     force: Annotated[bool, typer.Option("--force", metavar="", rich_help_panel=FILES,
                                         help="Replace the output, or begin anew.")] = False,
     workers: Annotated[Optional[str], typer.Option(metavar="N", help="Pieces at a time. Default: one a core, at most 8.")] = None,  # noqa: UP045
@@ -75,6 +77,8 @@ def quantize(
              "indexer": indexer}
     changes = {role: kind for role, kind in named.items() if kind is not None}
     count = _count(workers)
+    if check and (mtp or dspark):
+        raise UsageError("--check compares whole models; drafting stages are none.", "Leave it out.")
     entry = catalog.resolve(source)
     importance = _importance(imatrix, entry) if imatrix is not None else None
     wanted = Wanted(out, recipe, changes, "mtp" if mtp else "dspark" if dspark else "none", size_of(target_size, "--target-size"),
@@ -84,6 +88,8 @@ def quantize(
         (view.print_json if json else view.print_plan)(plan)
     if not dry_run:
         carry_out(plan, importance, count, chosen["device"], force, chosen["quiet"])
+        if check:
+            _check(plan, chosen["release"], chosen["quiet"])
 
 
 class Wanted(NamedTuple):
@@ -172,6 +178,18 @@ def carry_out(plan: Plan, importance: Importance | None, workers: int | None, de
         for part in plan.parts:
             console.note(f"{part.path}: {part.nbytes:,} bytes")
         console.note(f"{time.monotonic() - started:.0f} s")
+
+
+def _check(plan: Plan, release: str | None, quiet: bool) -> None:
+    """Measures the file against its source; the figures go into the file, onto its card and to stdout."""
+    from dsv4cli.commands.evaluate import print_divergence
+    from dsv4cli.commands.opening import prepare_kernels
+    from dsv4cli.engine import quality
+
+    prepare_kernels(quiet)
+    with console.progress(quiet) as report:
+        rows = quality.check(plan.parts[0].path, plan.source.path, progress=report, release=release)
+    print_divergence(rows)
 
 
 def size_of(text: str | None, option: str) -> int | None:

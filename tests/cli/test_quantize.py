@@ -19,7 +19,9 @@ from dsv4_quant import convert, imatrix, schema
 from dsv4_quant.files import open_source
 from dsv4_quant.files.headers import read_header
 from dsv4_quant.imatrix import Entry
+from dsv4_quant.metadata import QUALITY
 from dsv4cli.commands import quantize
+from dsv4cli.engine import quality
 from dsv4cli.errors import UsageError
 from dsv4cli.registry import catalog
 from tests.support.program import Outcome, environment
@@ -114,6 +116,20 @@ def test_an_importance_matrix_of_another_model(run_dsv4: Run, source: Path, tmp_
     assert refused.code == 2
     assert "blk.0.attn_q_a.weight is 1 x 128" in refused.err
     assert not (tmp_path / "o.gguf").exists()
+
+
+def test_check_puts_the_quality_on_the_label(run_dsv4: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "evaluation_text", lambda: "The capital of France is Paris. " * 12)
+    done = run_dsv4("quantize", "tiny", "-o", str(tmp_path / "t.gguf"), "--recipe", "q2", "--check", "-q")
+    assert done.code == 0, done.err
+    said = json.loads(read_header(tmp_path / "t.gguf").metadata[QUALITY])
+    assert said["reference"] == "tiny"
+    assert 0 < said["contexts"][0]["kl"] < 1
+    assert "KL mean" in done.out
+    assert "t.gguf" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    refused = run_dsv4("quantize", "tiny", "-o", str(tmp_path / "m.gguf"), "--recipe", "q2", "--check", "--mtp")
+    assert refused.code == 2
+    assert "drafting stages" in refused.err
 
 
 @pytest.mark.parametrize(("options", "code", "message", "hint"), [
