@@ -28,9 +28,12 @@ COMMANDS = {  # where it is, and the first paragraph of its help: neither is imp
     "run": ("dsv4cli.commands.run:run", "Answer one question and leave."),
     "list": ("dsv4cli.commands.list:list_models", "List the models on this machine (short: ls)."),
     "show": ("dsv4cli.commands.show:show", "Show a model: architecture, tensors by role, context, license."),
+    "quantize": ("dsv4cli.commands.quantize:quantize", "Make a smaller GGUF of a model, for dsv4 and llama.cpp."),
     "doctor": ("dsv4cli.commands.doctor:doctor", "Describe this machine and this installation, for yourself or for a report."),
     "bench": ("dsv4cli.commands.bench:bench", "Measure how fast a model reads a prompt and decodes."),
-    "eval": ("dsv4cli.commands.evaluate:app", "Compute logits and perplexity, to compare models and runners."),
+    "imatrix": ("dsv4cli.commands.imatrix:imatrix", "Collect how much each column of a model's matrices is used, which tells "
+                                                    "a quantiser where errors matter."),
+    "eval": ("dsv4cli.commands.evaluate:app", "Compute logits, perplexity and divergence, to compare models and runners."),
 }
 
 app = typer.Typer(help=HELP, no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, cls=light.Group,

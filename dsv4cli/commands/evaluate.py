@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
@@ -14,9 +16,13 @@ from dsv4cli.commands.options import OPENING, with_settings
 from dsv4cli.errors import UsageError
 from dsv4cli.settings import Settings
 
-app = typer.Typer(help="Compute logits and perplexity, to compare models and runners.", no_args_is_help=True,
+if TYPE_CHECKING:
+    from dsv4cli.engine.divergence import Divergence
+
+app = typer.Typer(help="Compute logits, perplexity and divergence, to compare models and runners.", no_args_is_help=True,
                   add_completion=False, cls=light.Group)
 STDIN = "-"
+HEADINGS = ("context", "tokens", "perplexity", "reference", "KL mean", "KL 99 %", "top-1 equal")
 
 
 @app.command("logits", cls=light.Command)
@@ -68,6 +74,48 @@ def ppl(
     else:
         print(f"perplexity {found.value:.4f} (nll {found.nll:.4f} ± {found.error:.4f} nats over {found.tokens} tokens, "
               f"window {window})")
+
+
+@app.command("kld", cls=light.Command)
+@with_settings(*OPENING, "quiet")
+def kld(
+    model: Model,
+    reference: Annotated[str, typer.Option(metavar="MODEL", help="The model to compare with: what MODEL was made from.")],
+    text: Annotated[Optional[str], typer.Option(  # noqa: UP045 - Typer reads it at run time
+        metavar="FILE", help="Text in UTF-8; - is stdin. Without it, a text that comes with dsv4.")] = None,
+    json: Json = False,
+    *,
+    chosen: Settings,
+) -> None:
+    """Measure how far a model's predictions are from a reference's.
+
+    Perplexity of both, Kullback-Leibler divergence of the model from the reference in nats, and how often both expect the same
+    token, in contexts of 512 and of --ctx tokens (2048 unless given).
+    """
+    words = text_of(text) if text is not None else None
+    from dsv4cli.commands.opening import open_engine
+    from dsv4cli.engine import divergence, quality
+
+    ours, theirs = open_engine(model, chosen), open_engine(reference, chosen)
+    ids = divergence.encoded(ours, theirs, quality.evaluation_text() if words is None else words)
+    lengths = divergence.windows_for(chosen["ctx"] or min(quality.LONG, ours.ctx, theirs.ctx), len(ids))
+    with console.progress(chosen["quiet"]) as report:
+        rows = [divergence.compare(ours, theirs, ids, window, progress=report) for window in lengths]
+    if json:
+        console.print_json({"model": ours.name, "reference": theirs.name, "text": text or "dsv4",
+                            "contexts": [asdict(row) for row in rows]})
+    else:
+        print_divergence(rows)
+
+
+def print_divergence(rows: Sequence[Divergence]) -> None:
+    """A line for each context length."""
+    console.table(HEADINGS, [_in_words(row) for row in rows], right=range(len(HEADINGS)))
+
+
+def _in_words(row: Divergence) -> list[str]:
+    return [f"{row.window:,}", f"{row.tokens:,}", f"{row.perplexity:.4f}", f"{row.reference_perplexity:.4f}",
+            f"{row.kl:.5f} ± {row.kl_error:.5f}", f"{row.kl_p99:.4f}", f"{row.top1:.2%}"]
 
 
 def ids_of(text: str, where: str) -> list[int]:

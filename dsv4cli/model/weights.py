@@ -208,6 +208,7 @@ class Binder:
 
 
 Node = TypeVar("Node")
+NO_MATRICES = ("ape", "table", "experts")  # added, looked up in, listed apart
 
 
 def leaves(node: object) -> Iterator[Packed | Tensor]:
@@ -217,6 +218,32 @@ def leaves(node: object) -> Iterator[Packed | Tensor]:
     else:
         for child in _children(node):
             yield from leaves(child)
+
+
+def matrices(weights: ModelWeights) -> Iterator[tuple[str, Weight]]:
+    """Every matrix of the trunk that activations are multiplied with, by its official name; routed experts one by one."""
+    yield "head.weight", weights.head
+    for number, layer in enumerate(weights.layers):
+        parts = ((f"layers.{number}.attn.", layer.attention), (f"layers.{number}.ffn.", replace(layer.moe, experts=Experts())))
+        for prefix, part in parts:
+            yield from _named(prefix, part)
+        for each, expert in enumerate(layer.moe.experts):
+            yield from _named(f"layers.{number}.ffn.experts.{each}.", expert)
+
+
+def _named(prefix: str, node: object) -> Iterator[tuple[str, Weight]]:
+    """The matrices of one part; its fields are called as the official layout calls them, but for the shared expert."""
+    names = [field.name for field in fields(node)] if is_dataclass(node) else getattr(node, "_fields", ())
+    for name in names:
+        child = getattr(node, name)
+        if name in NO_MATRICES or child is None:
+            continue
+        name = "shared_experts" if name == "shared" else name
+        if isinstance(child, (Packed, Tensor)):
+            if len(child.shape) == 2:
+                yield f"{prefix}{name}.weight", child
+        else:
+            yield from _named(f"{prefix}{name}.", child)
 
 
 def _children(node: object) -> Iterator[object]:

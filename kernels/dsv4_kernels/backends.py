@@ -7,12 +7,13 @@ which `dsv4 doctor` prints.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dsv4_kernels.native import library, queue
 from dsv4_quant.errors import QuantError
@@ -20,6 +21,7 @@ from dsv4_quant.errors import QuantError
 OPERATIONS = ("linear", "norm_rope", "rounding", "cache", "hyper", "compressor", "indexer", "attention", "router", "moe")
 NATIVE = {"cpu": "cpu", "cuda": "gpu"}  # device type -> the file that is written for it
 BACKENDS = ("ref", *NATIVE.values())
+Watcher = Callable[[str, tuple[Any, ...]], None]  # (name of the door, what was given to the backend)
 
 
 class Choice(NamedTuple):
@@ -51,6 +53,41 @@ def pick(op: str, device: str = "cpu", forced: str | None = None) -> Choice:
             return Choice(_module(op, "ref"), "ref", trouble.message)
         return Choice(_module(op, native), native, f"{native} is written for {device}")
     return Choice(_module(op, "ref"), "ref", f"{op} has no implementation of its own for {device}")
+
+
+@contextmanager
+def watched(watcher: Watcher) -> Iterator[None]:
+    """While this lasts, `watcher` is told of every call through a door before it is computed.
+
+    The watcher stands between door and backend, so nothing becomes slower where nobody watches.
+    """
+    _watchers.append(watcher)
+    pick.cache_clear()
+    try:
+        yield
+    finally:
+        _watchers.remove(watcher)
+        pick.cache_clear()
+
+
+_watchers: list[Watcher] = []
+
+
+class _Watched(ModuleType):
+    """Stands where a backend's module stands."""
+
+    def __init__(self, module: ModuleType, watcher: Watcher) -> None:
+        super().__init__(module.__name__)
+        self.__dict__.update(_module=module, _watcher=watcher)
+
+    def __getattr__(self, name: str) -> Any:
+        function, watcher = getattr(self.__dict__["_module"], name), self.__dict__["_watcher"]
+
+        def told(*given: Any) -> Any:
+            watcher(name, given)
+            return function(*given)
+
+        return told
 
 
 def _forced(op: str, device: str, name: str) -> Choice:
@@ -95,8 +132,8 @@ def use_threads(count: int | None) -> int:
 
 def queued(*, lazily: bool = False) -> AbstractContextManager[None]:
     """Queues the CPU kernels called within, which then compute while Python goes on; see native.queue for what that asks of
-    the caller. All are computed when it ends."""
-    return queue.queued(lazily=lazily)
+    the caller. All are computed when it ends. Nothing is queued while somebody watches, who wants to see numbers."""
+    return nullcontext() if _watchers else queue.queued(lazily=lazily)
 
 
 def _trouble(name: str) -> QuantError | None:
@@ -108,4 +145,7 @@ def _exists(op: str, name: str) -> bool:
 
 
 def _module(op: str, name: str) -> ModuleType:
-    return import_module(f"{__package__}.{op}.{name}")
+    module = import_module(f"{__package__}.{op}.{name}")
+    for watcher in _watchers:
+        module = _Watched(module, watcher)
+    return module

@@ -26,6 +26,18 @@ class UnsupportedModel(QuantError):  # noqa: N818
     """A model of another architecture."""
 
 
+class WrongUse(QuantError):  # noqa: N818
+    """Something was asked for that does not exist or does not fit: a type, a role, a size."""
+
+    exit_code = 2
+
+
+class NotEnoughRoom(QuantError):  # noqa: N818
+    """The disk is too small; the message has both numbers."""
+
+    exit_code = 3
+
+
 def _printable(message: str) -> str:
     """One line that is safe on a terminal, whatever names and values out of the file stand in it."""
     if len(message) > LONGEST:

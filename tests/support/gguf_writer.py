@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType as Kind
 from dsv4_quant import schema
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.files import Source
-from dsv4_quant.formats import Packed
+from dsv4_quant.formats import FORMATS, Packed
 
 # A tensor's type, from its place in the schema and one of its parts as it is stored.
 Choice = Callable[[schema.GgufSpec, Packed], Kind]
@@ -41,7 +41,7 @@ def as_converted(spec: schema.GgufSpec, part: Packed) -> Kind:
 
 
 def as_ds4(spec: schema.GgufSpec, part: Packed) -> Kind:
-    """The types of antirez/ds4, with Q4_0 where it has Q4_K, which the gguf package cannot write."""
+    """The types of antirez/ds4, with Q4_0 where it has Q4_K, for rows of no 256 elements."""
     if spec.role == "routed_expert":
         return Kind.Q4_0
     if len(spec.shape) == 1:
@@ -49,6 +49,18 @@ def as_ds4(spec: schema.GgufSpec, part: Packed) -> Kind:
     if spec.role in ("attention", "shared_expert", "head"):
         return Kind.Q8_0
     return Kind.F16
+
+
+def as_ds4_in_two_bits(spec: schema.GgufSpec, part: Packed) -> Kind:
+    """Its published 81 GB file: gate and up IQ2_XXS, down Q2_K. Rows have to be multiples of 256."""
+    if spec.role == "routed_expert":
+        return Kind.Q2_K if "down" in spec.name else Kind.IQ2_XXS
+    return as_ds4(spec, part)
+
+
+def as_ds4_in_four_bits(spec: schema.GgufSpec, part: Packed) -> Kind:
+    """Its published 153 GB file."""
+    return Kind.Q4_K if spec.role == "routed_expert" else as_ds4(spec, part)
 
 
 def ds4_keys(config: ModelConfig) -> Callable[[dict[str, Any]], None]:
@@ -192,4 +204,16 @@ def _add_tensor(writer: gguf.GGUFWriter, spec: schema.GgufSpec, parts: list[Pack
         return
     values = torch.stack([part.float() for part in parts]).reshape(spec.shape).numpy()
     kind = choose(spec, parts[0])
-    writer.add_tensor(spec.name, gguf.quantize(values, kind), raw_dtype=kind)
+    writer.add_tensor(spec.name, _encoded(values, kind), raw_dtype=kind)
+
+
+def _encoded(values: np.ndarray[Any, Any], kind: Kind) -> np.ndarray[Any, Any]:
+    """By the gguf package where it can; what it cannot write it reads, and tests/quant holds our encoders against that."""
+    try:
+        encoded: np.ndarray[Any, Any] = gguf.quantize(values, kind)
+    except NotImplementedError:
+        encode = FORMATS[kind.name.lower()].encode
+        assert encode is not None
+        rows = torch.from_numpy(values).flatten(0, -2)
+        encoded = encode(rows, None).numpy().reshape(*values.shape[:-1], -1)
+    return encoded

@@ -44,6 +44,8 @@ class Shape:
     vocab: int = 512
     base: bool = False  # FP8 experts and float32 scales, as in the Base releases
     stages: int = 0  # drafting stages behind the trunk: 0, or 1 for the preview's MTP block
+    dspark: bool = False  # the stages are DSpark's, which draft from the last three layers
+    markov: int = 32
     shards: int = 1
 
     def config(self) -> dict[str, Any]:
@@ -68,7 +70,12 @@ class Shape:
             "rope_theta": 10000, "routed_scaling_factor": self.scaling, "scoring_func": "sqrtsoftplus",
             "sliding_window": 128, "swiglu_limit": self.limit, "tie_word_embeddings": False, "topk_method": "noaux_tc",
             "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": self.vocab, "compress_rope_theta": 160000,
-            "compress_ratios": [*self.ratios, *[0] * self.stages]}
+            "compress_ratios": [*self.ratios, *[0] * self.stages], **(self._dspark_config() if self.dspark else {})}
+
+    def _dspark_config(self) -> dict[str, Any]:
+        layers = len(self.ratios)
+        return {"dspark_block_size": 5, "dspark_noise_token_id": self.vocab - 1,
+                "dspark_target_layer_ids": list(range(layers - 3, layers)), "dspark_markov_rank": self.markov}
 
 
 @dataclass
@@ -178,11 +185,20 @@ class Checkpoint:
         """A drafting stage has no counterpart in transformers, so its decoded values are forgotten again."""
         s, trunk = self.shape, dict(self.decoded)
         self._layer(name, name, 0, by_hash=False)
-        for matrix in ("e_proj", "h_proj"):
-            self.fp8(name + matrix, name + matrix, s.hidden, s.hidden)
-        for vector in ("enorm", "hnorm", "norm"):
+        first, last = name == "mtp.0.", name == f"mtp.{s.stages - 1}."
+        projections = {"main_proj": 3 * s.hidden} if s.dspark else {"e_proj": s.hidden, "h_proj": s.hidden}
+        norms = ["main_norm"] * first + ["norm"] * last if s.dspark else ["enorm", "hnorm", "norm"]
+        for matrix, inputs in projections.items():
+            if first:
+                self.fp8(name + matrix, name + matrix, s.hidden, inputs)
+        for vector in norms:
             self.norm(f"{name}{vector}.weight", f"{name}{vector}.weight", s.hidden)
-        self.mixer(name + "hc_head", name + "hc_head_", s.streams, 1)
+        if last:
+            self.mixer(name + "hc_head", name + "hc_head_", s.streams, 1)
+        if s.dspark and last:
+            for matrix in ("markov_w1", "markov_w2"):
+                self.bf16(f"{name}markov_head.{matrix}.weight", matrix, self.normal(s.vocab, s.markov) / math.sqrt(s.markov))
+            self.bf16(name + "confidence_head.proj.weight", "confidence", self.normal(1, s.hidden + s.markov))
         self.decoded = trunk
 
     def normal(self, *shape: int) -> Tensor:
@@ -231,6 +247,12 @@ class Checkpoint:
 
 def transformers_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     """Logits [t, vocab], float32, of transformers' model with the decoded weights; ids [t]."""
+    with torch.no_grad():
+        return transformers_model(checkpoint)(ids[None], use_cache=False).logits[0]
+
+
+def transformers_model(checkpoint: Checkpoint) -> Any:
+    """transformers' model, float32, with the decoded weights."""
     from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
     theirs = {"quantization_config", "expert_dtype", "architectures", "torch_dtype", "model_type", "topk_method"}
@@ -242,5 +264,4 @@ def transformers_logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     left = model.load_state_dict(checkpoint.decoded, strict=False)
     assert not left.missing_keys, left.missing_keys
     assert not left.unexpected_keys, left.unexpected_keys
-    with torch.no_grad():
-        return model(ids[None], use_cache=False).logits[0]
+    return model

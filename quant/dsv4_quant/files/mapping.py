@@ -5,9 +5,13 @@ from __future__ import annotations
 import mmap
 import warnings
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+FAULT_AROUND = 1 << 16  # bytes that Linux maps at once where one of them is touched; a multiple of any page
+_OPEN: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # maps in use, by where they begin in memory
 
 
 def map_file(path: Path) -> Tensor:
@@ -20,7 +24,25 @@ def map_file(path: Path) -> Tensor:
         view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(view, dtype=torch.uint8)
+        mapped = torch.frombuffer(view, dtype=torch.uint8)
+    _OPEN[mapped.data_ptr()] = view
+    return mapped
+
+
+def forget(view: Tensor) -> None:
+    """Lets go of the pages behind a piece of a mapped file, which is not needed again: they no longer count as our memory.
+
+    Neighbours that were mapped along with them go too. The page cache keeps all, so whoever does need them pays little. Other
+    tensors, and systems that cannot, are left alone.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    begin, end = view.data_ptr(), view.data_ptr() + view.nbytes
+    for base, file in list(_OPEN.items()):
+        if base <= begin and end <= base + len(file):
+            first = (begin - base) // FAULT_AROUND * FAULT_AROUND
+            last = min(-(-(end - base) // FAULT_AROUND) * FAULT_AROUND, len(file))
+            file.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def typed_view(file: Tensor, offset: int, nbytes: int, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ def decode(scales: Tensor) -> Tensor:
     """float32 of scales stored as E8M0 (as such or as raw bytes) or, in Base checkpoints, as F32."""
     if scales.dtype == torch.float32:
         return scales
-    return _VALUES[scales.view(torch.uint8).long()]
+    return _VALUES.to(scales.device)[scales.view(torch.uint8).long()]
 
 
 def ceiling(amax: Tensor, largest: float) -> Tensor:

@@ -7,14 +7,17 @@ from torch import Tensor
 
 from dsv4_quant.formats import e8m0, fp4
 from dsv4_quant.formats.base import Format
+from dsv4_quant.formats.search import Piece, search_pieces, total, turn_back
 
 BLOCK, BLOCK_BYTES = 32, 17
+# The codes of the multiples of a half from -6 to 6, where they have one.
+_CODES = fp4.nearest(torch.arange(-12, 13) / 2).float()
 
 
 def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
     """float32 [n, columns] of bytes [n, columns / 32 * 17]."""
     blocks = rows.unflatten(-1, (-1, BLOCK_BYTES))
-    pairs = fp4.PAIRS[blocks[..., 1:].long()]  # [n, blocks, 16, (j, j + 16)]
+    pairs = fp4.PAIRS.to(rows.device)[blocks[..., 1:].long()]  # [n, blocks, 16, (j, j + 16)]
     values = pairs.transpose(-1, -2).flatten(-2)
     return (values * e8m0.decode(blocks[..., :1].contiguous())).flatten(-2)
 
@@ -26,4 +29,38 @@ def from_fp4(rows: Tensor, scales: Tensor) -> Tensor:
     return torch.cat([scales.view(torch.uint8)[..., None], pairs], dim=-1).flatten(-2)
 
 
-FORMAT = Format("mxfp4", BLOCK, BLOCK_BYTES, decode)
+def encode(rows: Tensor, importance: Tensor | None) -> Tensor:
+    """uint8 [n, columns / 32 * 17] of float rows [n, columns], columns a multiple of 32; values of FP4 stay exact."""
+    return search_pieces(rows, importance, BLOCK, BLOCK_BYTES, BLOCK, _encode)
+
+
+def _encode(piece: Piece) -> Tensor:
+    """Of the smallest scale that holds the largest element and the half of it, the one with the lesser error."""
+    largest = torch.maximum(piece.x.amax(0), -piece.x.amin(0))
+    wide = torch.where(largest > fp4.LARGEST / 8, 4.0, 8.0)  # inverse scales: the largest lies within 0.5..1
+    values, spare = piece.spare(), piece.spare()
+    error, narrow_error = (_error(piece, inverse, values, spare) for inverse in (wide, 2 * wide))
+    inverse = torch.where(narrow_error < error, 2 * wide, wide)
+    halves = _nearest(torch.mul(piece.x, inverse, out=values), spare).mul_(2).add_(12)
+    place = spare.view(torch.int32).copy_(halves)
+    torch.index_select(_CODES.to(place.device), 0, place.view(-1), out=values.view(-1))
+    pairs = values[16:].mul_(16).add_(values[:16])
+    scale = piece.exponent + 127 - torch.frexp(inverse[0]).exponent + 1
+    return torch.cat([scale.clamp_(0, 254).to(torch.uint8)[:, None], turn_back(pairs).flatten(1)], dim=1)
+
+
+def _error(piece: Piece, inverse: Tensor, values: Tensor, spare: Tensor) -> Tensor:
+    """The weighted squared error [1, block] under these scales, powers of two; `values` and `spare` are buffers."""
+    off = _nearest(torch.mul(piece.x, inverse, out=values), spare).mul_(1 / inverse).sub_(piece.x)
+    return total(off.mul_(off).mul_(piece.weight))
+
+
+def _nearest(numbers: Tensor, spare: Tensor) -> Tensor:
+    """Replaces float32 numbers, in place, by the nearest of FP4's values; `spare` is a buffer."""
+    bits = numbers.clamp_(-fp4.LARGEST, fp4.LARGEST).view(torch.int32)
+    torch.bitwise_and(bits, 0x7F800000, out=spare.view(torch.int32))  # the power of two below each size
+    shift = spare.clamp_(min=1.0).mul_(1.5 * 2**22)  # what is added to this has no room for less than half of that power
+    return numbers.add_(shift).sub_(shift)
+
+
+FORMAT = Format("mxfp4", BLOCK, BLOCK_BYTES, decode, encode=encode)

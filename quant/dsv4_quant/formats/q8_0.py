@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from dsv4_quant.formats.base import Format
+from dsv4_quant.formats.search import LARGEST_HALF, by_pieces
 
 BLOCK, BLOCK_BYTES = 32, 34
+LEAST_STEP = 2.0**-126  # below, its inverse would be infinite; as a half it is 0 anyway
 
 
 def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
@@ -17,14 +19,18 @@ def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
     return (blocks[..., 2:].contiguous().view(torch.int8).float() * step).flatten(-2)
 
 
-def encode(weight: Tensor) -> Tensor:
-    """uint8 [o, i / 32 * 34] of a float matrix whose rows are multiples of 32: d = largest / 127, halves away from zero."""
-    blocks = weight.float().unflatten(-1, (-1, BLOCK))
-    step = blocks.abs().amax(-1, keepdim=True) / 127
-    inverse = torch.where(step > 0, 1 / step, torch.zeros_like(step))
-    scaled = blocks * inverse
-    quants = torch.trunc(scaled + torch.copysign(torch.full_like(scaled, 0.5), scaled)).to(torch.int8)
-    return torch.cat([step.half().view(torch.uint8), quants.view(torch.uint8)], dim=-1).flatten(-2)
+def encode(rows: Tensor, importance: Tensor | None = None) -> Tensor:
+    """uint8 [n, columns / 32 * 34] of float rows [n, columns], columns a multiple of 32: d = largest / 127, halves away
+    from zero. The importance changes nothing: what eight bits lose is the same wherever it is lost."""
+    return by_pieces(rows, BLOCK, BLOCK_BYTES, _encode)
 
 
-FORMAT = Format("q8_0", BLOCK, BLOCK_BYTES, decode)
+def _encode(blocks: Tensor, row: int) -> Tensor:
+    step = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_(max=LARGEST_HALF)
+    inverse = torch.where(step >= LEAST_STEP, 1 / step, torch.zeros_like(step))
+    scaled = (blocks * inverse).clamp_(-127, 127)
+    scaled.add_(torch.copysign(torch.full_like(scaled, 0.5), scaled))  # the conversion cuts the fraction off
+    return torch.cat([step.half().view(torch.uint8), scaled.to(torch.int8).view(torch.uint8)], dim=-1)
+
+
+FORMAT = Format("q8_0", BLOCK, BLOCK_BYTES, decode, encode=encode)

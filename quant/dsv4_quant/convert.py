@@ -1,0 +1,205 @@
+"""A plan carried out: pieces encoded in any order by several workers, journalled, and resumed after whatever stopped them.
+
+Memory is a few pieces, whatever the model's size: sources are maps whose pages are let go again. A piece counts as done when its
+bytes are on the disk and the journal says so; kill -9 costs at most what came after the last note. The bytes do not
+depend on workers or interruptions.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dsv4_quant.drafts import Drafts, draft_of
+from dsv4_quant.errors import WrongUse
+from dsv4_quant.files import Source
+from dsv4_quant.imatrix import WeightEnergy
+from dsv4_quant.journal import Journal
+from dsv4_quant.plan import Piece, Plan
+from dsv4_quant.quantize import Lookup, encode_piece, no_importance
+
+COMMIT_SECONDS = 2.0  # between two notes in the journal; each waits for the disk
+MOST_WORKERS = 8  # unless asked for more: each has pieces of its own in memory
+BEGUN_ANEW = "Give the same command again to go on with it, or --force to begin anew."
+# (bytes done, bytes in all, name of the tensor)
+Report = Callable[[int, int, str], None]
+
+
+class Importance(Protocol):
+    """An importance matrix: how much errors in each column of each tensor matter."""
+
+    @property
+    def keys(self) -> Mapping[str, Any]:
+        """What the file will say about it, behind "quantize.imatrix."."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of its content."""
+        ...
+
+    def for_tensor(self, name: str, expert: int | None) -> Tensor | None:
+        """float32 [columns] for a GGUF tensor, or one expert of a stack; None where nothing is known."""
+        ...
+
+
+def convert(
+    plan: Plan,
+    source: Source,
+    *,
+    importance: Importance | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    report: Report = lambda done, total, name: None,
+) -> None:
+    """Writes the plan's files, going on where an earlier run of the same work was stopped.
+
+    Without an importance matrix the weights' own energy stands in. With `force` existing output is replaced and another's
+    unfinished work given up. Raises WrongUse for output that exists, other unfinished work, and importance of another model;
+    NotEnoughRoom; and what `encode_piece` raises. After KeyboardInterrupt what was finished is noted.
+    """
+    if importance is None and plan.weighed:
+        importance = WeightEnergy(source)
+    elif importance is not None:
+        _check_importance(plan, importance)
+    drafts, journal = Drafts(plan), Journal(journal_of(plan.output))
+    try:
+        work = plan.fingerprint(importance.fingerprint if importance else "", torch.device(device).type)
+        _prepare(drafts, journal, work, force)
+        if not journal.complete:
+            lookup = importance.for_tensor if importance is not None else no_importance
+            with _opened(drafts):
+                _Run(plan, source, drafts, journal, lookup, device, report).all_pieces(workers or usual_workers())
+            drafts.check()
+            journal.finish()
+        drafts.publish()
+        journal.remove()
+    finally:
+        journal.close()
+
+
+def journal_of(output: Path) -> Path:
+    return output.with_name(output.name + ".journal")
+
+
+def usual_workers() -> int:
+    return min(MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def device_called(name: str | None) -> str:
+    """Where to encode: a GPU when there is one, unless another device is named. Raises WrongUse for one that is not there."""
+    if name in (None, "auto"):
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise WrongUse(f"There is no device {name} to encode on: {reason}", "Leave --device out.") from None
+    return str(name)
+
+
+def _prepare(drafts: Drafts, journal: Journal, work: str, force: bool) -> None:
+    """Makes the drafts, or finds them as the journal says they are. What is refused leaves no trace."""
+    known = journal.resume(work)
+    output, parts = drafts.plan.output, drafts.plan.parts
+    if known is False and not force:
+        raise WrongUse(f"{output} was begun from another source or with other options.", BEGUN_ANEW)
+    resumed = bool(known) and drafts.complete(journal.complete)
+    try:
+        for part in parts:  # one that was renamed before the program was stopped is no other's
+            if not force and part.path.exists() and (draft_of(part).exists() or not resumed):
+                raise WrongUse(f"{part.path} exists already.", "Give --force to replace it, or another -o.")
+        drafts.check_room()
+    except BaseException:
+        if known is None:
+            journal.remove()
+        raise
+    if not resumed:
+        journal.wipe()
+        drafts.create()
+        journal.begin(work)
+
+
+def _check_importance(plan: Plan, importance: Importance) -> None:
+    """Raises WrongUse unless what the matrix says of each tensor fits the tensor."""
+    for target in plan.targets:
+        for expert in (0, target.experts - 1) if len(target.shape) == 3 else (None,):
+            found = importance.for_tensor(target.name, expert)
+            if found is not None and tuple(found.shape) != (target.columns,):
+                raise WrongUse(
+                    f"The importance matrix is of another model: {target.name} has {target.columns} columns, "
+                    f"the matrix {list(found.shape)}.",
+                    "Collect one for this model with dsv4 imatrix.",
+                )
+
+
+@contextmanager
+def _opened(drafts: Drafts) -> Iterator[None]:
+    drafts.open()
+    try:
+        yield
+    finally:
+        drafts.close()
+
+
+class _Run:
+    """One run over the pieces that are not done yet."""
+
+    def __init__(
+        self, plan: Plan, source: Source, drafts: Drafts, journal: Journal, lookup: Lookup, device: str, report: Report
+    ) -> None:
+        self.plan, self.source, self.drafts, self.journal = plan, source, drafts, journal
+        self.lookup, self.device, self.report = lookup, device, report
+        self.total = sum(target.nbytes for target in plan.targets)
+        self.done = sum(piece.nbytes for piece in plan.each_piece() if piece.number in journal.done)
+        self.fresh: list[int] = []  # written, not yet noted
+        self.noted = time.monotonic()
+
+    def all_pieces(self, workers: int) -> None:
+        """Encodes and writes; whatever ends it early, what was finished is noted."""
+        todo = (piece for piece in self.plan.each_piece() if piece.number not in self.journal.done)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // workers))
+        pool = ThreadPoolExecutor(workers)
+        running = {pool.submit(self._one, piece) for piece in islice(todo, 2 * workers)}
+        try:
+            while running:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    self._finished(future.result())
+                running |= {pool.submit(self._one, piece) for piece in islice(todo, len(finished))}
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            self.fresh += [future.result().number for future in running if _went_well(future)]
+            self._note()
+            torch.set_num_threads(threads)
+
+    def _one(self, piece: Piece) -> Piece:
+        self.drafts.write(piece.target.part, piece.offset, encode_piece(self.source, piece, self.lookup, self.device))
+        return piece
+
+    def _finished(self, piece: Piece) -> None:
+        self.fresh.append(piece.number)
+        self.done += piece.nbytes
+        self.report(self.done, self.total, piece.target.name)
+        if time.monotonic() - self.noted > COMMIT_SECONDS:
+            self._note()
+
+    def _note(self) -> None:
+        self.drafts.sync()
+        self.journal.add(self.fresh)
+        self.fresh, self.noted = [], time.monotonic()
+
+
+def _went_well(future: Future[Piece]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None

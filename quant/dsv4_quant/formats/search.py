@@ -1,0 +1,155 @@
+"""What the encoders of block formats share: the walk over pieces, sums in a fixed order, and steps that a half can hold.
+
+Inside a piece numbers lie as [element, sub-block, block], block index last: a sum over a sub-block then adds long rows to
+each other, which is what vector units and GPUs are fast at. Every operation rounds once (no fused multiply-add, no
+reduction whose order depends on shape or threads), so that a row's bytes depend on nothing but the row and its importance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PIECE_CPU, PIECE_GPU = 1 << 18, 1 << 21  # weights at a time: enough to hide what a call costs, few enough for the caches
+LARGEST_HALF = 65504.0
+LEAST_WEIGHT = 1e-6  # of a block's largest: an element of no importance still prefers to be near
+
+
+class Scratch:
+    """Buffers that serve every piece of a call: to touch fresh memory costs more than several passes of arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self._taken = 0
+
+    def give_back(self) -> None:
+        """Everything taken may be taken again."""
+        self._taken = 0
+
+    def take(self, like: Tensor) -> Tensor:
+        """float32 of this shape on this device, with anything in it."""
+        if self._taken == len(self._buffers):
+            self._buffers.append(torch.empty(like.numel(), device=like.device))
+        self._taken += 1
+        return self._buffers[self._taken - 1][: like.numel()].view(like.shape)
+
+
+@dataclass
+class Piece:
+    """Numbers and weights [element, sub-block, block], each block divided by 2^exponent so that it lies within -1..1."""
+
+    x: Tensor
+    weight: Tensor
+    exponent: Tensor
+    scratch: Scratch
+
+    def spare(self) -> Tensor:
+        """A buffer of x's shape."""
+        return self.scratch.take(self.x)
+
+    def half(self, step: Tensor) -> Tensor:
+        """float16 of a step per block, in the units of the rows; what is too large becomes the largest."""
+        return _times_power(step, self.exponent).clamp_(-LARGEST_HALF, LARGEST_HALF).half()
+
+    def as_stored(self, step: Tensor) -> Tensor:
+        """float32: a step as it is after it was stored as a half."""
+        return _times_power(self.half(step).float(), -self.exponent)
+
+
+def by_pieces(rows: Tensor, block: int, block_bytes: int, encode: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """uint8 [n, columns / block * block_bytes] of float rows [n, columns], some rows at a time.
+
+    `encode` gets float32 blocks [b, block] and the number of the first row, and gives uint8 [b, block_bytes].
+    ValueError if the columns are no multiple of the block.
+    """
+    count, columns = rows.shape
+    if columns % block:
+        raise ValueError(f"Rows of {columns} are not whole blocks of {block}.")
+    stored = torch.empty(count, columns // block * block_bytes, dtype=torch.uint8, device=rows.device)
+    step = rows_at_a_time(rows)
+    for row in range(0, count, step):
+        found = encode(rows[row : row + step].float().reshape(-1, block), row)
+        stored[row : row + step] = found.view(-1, stored.shape[1])
+    return stored
+
+
+def rows_at_a_time(rows: Tensor) -> int:
+    """How many rows make a piece."""
+    return max(1, (PIECE_CPU if rows.device.type == "cpu" else PIECE_GPU) // max(1, rows.shape[1]))
+
+
+def search_pieces(rows: Tensor, importance: Tensor | None, block: int, block_bytes: int, size: int,
+                  encode: Callable[[Piece], Tensor]) -> Tensor:
+    """As by_pieces, for an encoder of pieces with sub-blocks of `size`.
+
+    importance: [columns], [n, columns], or None where all count alike. ValueError if it has another shape.
+    """
+    count, columns = rows.shape
+    if importance is None:
+        importance = torch.ones(columns, device=rows.device)
+    if importance.shape not in ((columns,), (count, columns)):
+        raise ValueError(f"Importance of shape {tuple(importance.shape)} for rows of shape {tuple(rows.shape)}.")
+    step = min(count, rows_at_a_time(rows))
+    shared = _weights(importance.expand(step, columns), block, size) if importance.dim() == 1 else None
+    scratch = Scratch()
+
+    def encode_blocks(blocks: Tensor, row: int) -> Tensor:
+        if shared is None:
+            weight = _weights(importance[row : row + step], block, size)
+        else:
+            weight = shared[..., : len(blocks)].contiguous()
+        scratch.give_back()
+        return encode(_lay_out(blocks, weight, size, scratch))
+
+    return by_pieces(rows, block, block_bytes, encode_blocks)
+
+
+def _weights(importance: Tensor, block: int, size: int) -> Tensor:
+    """float32 [element, sub-block, block] of importance [n, columns]: up to 1 in each block, and never nothing."""
+    weight = _turn(importance.float().reshape(-1, block), size, Scratch())
+    return weight.div_(weight.amax((0, 1)).clamp_min_(torch.finfo(torch.float32).tiny)).clamp_min_(LEAST_WEIGHT)
+
+
+def _lay_out(blocks: Tensor, weight: Tensor, size: int, scratch: Scratch) -> Piece:
+    """A piece of blocks [n, block] cut to sub-blocks of `size`."""
+    x = _turn(blocks, size, scratch)
+    largest = torch.maximum(x.amax((0, 1)), -x.amin((0, 1)))
+    exponent = torch.frexp(largest).exponent.clamp_(-126, 126)
+    return Piece(x.mul_(_times_power(torch.ones_like(largest), -exponent)), weight, exponent, scratch)
+
+
+def _turn(blocks: Tensor, size: int, scratch: Scratch) -> Tensor:
+    """[element, sub-block, n] of blocks [n, block]. Two plain copies are faster than one between both orders."""
+    turned = scratch.take(blocks.T).copy_(blocks.T).unflatten(0, (-1, size)).transpose(0, 1)
+    return scratch.take(turned).copy_(turned)
+
+
+def _times_power(numbers: Tensor, exponent: Tensor) -> Tensor:
+    """numbers * 2^exponent for exponents within -126..126."""
+    return numbers * ((exponent + 127).to(torch.int32) << 23).view(torch.float32)
+
+
+def total(terms: Tensor) -> Tensor:
+    """The sum over the first dimension, a power of two, half onto half; overwrites the terms."""
+    while len(terms) > 2:
+        half = len(terms) // 2
+        terms = terms[:half].add_(terms[half:])
+    return terms[0] + terms[1]
+
+
+def ratio(numerator: Tensor | float, denominator: Tensor) -> Tensor:
+    """numerator / denominator, and 0 where that is no finite number."""
+    return (numerator / denominator).nan_to_num_(0.0, 0.0, 0.0)
+
+
+def turn_back(levels: Tensor) -> Tensor:
+    """uint8 [n, sub-block, element] of levels [element, sub-block, n]."""
+    return levels.to(torch.uint8).transpose(0, 1).flatten(0, 1).T.contiguous().unflatten(1, (levels.shape[1], -1))
+
+
+def bytes_of(step: Tensor) -> Tensor:
+    """uint8 [blocks, 2] of halves [blocks]."""
+    return step.contiguous().view(torch.uint8).unflatten(0, (-1, 2))
