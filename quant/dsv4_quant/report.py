@@ -86,9 +86,9 @@ def record(path: Path, quality: Mapping[str, Any]) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Six digits are more than these figures have."""
+    """Eight digits are more than these figures have."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.8g}")
     if isinstance(value, Mapping):
         return {key: _rounded(each) for key, each in value.items()}
     return [_rounded(each) for each in value] if isinstance(value, (list, tuple)) else value

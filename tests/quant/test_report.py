@@ -55,7 +55,7 @@ def test_figures_go_into_the_header_and_nothing_else_moves(tmp_path: Path) -> No
         assert found is not None
         assert found["text"] == measured["text"]
         assert len(found["contexts"]) == len(measured["contexts"])
-        assert found["contexts"][0]["perplexity"] == 7.12346
+        assert found["contexts"][0]["perplexity"] == 7.1234568
     after = gguf_header.read(path)
     assert (after.tensors, path.stat().st_size) == (before.tensors, size)
     assert {**after.metadata, QUALITY: ""} == {**before.metadata, QUALITY: ""}
