@@ -7,6 +7,7 @@ depend on workers or interruptions.
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dsv4_quant.drafts import Drafts, draft_of
-from dsv4_quant.errors import WrongUse
+from dsv4_quant.errors import NotEnoughRoom, WrongUse
 from dsv4_quant.files import Source
 from dsv4_quant.imatrix import WeightEnergy
 from dsv4_quant.journal import Journal
@@ -30,6 +31,7 @@ from dsv4_quant.quantize import Lookup, encode_piece, no_importance
 COMMIT_SECONDS = 2.0  # between two notes in the journal; each waits for the disk
 MOST_WORKERS = 8  # unless asked for more: each has pieces of its own in memory
 BEGUN_ANEW = "Give the same command again to go on with it, or --force to begin anew."
+FULL = "Make room; the same command goes on where it stopped."
 # (bytes done, bytes in all, name of the tensor)
 Report = Callable[[int, int, str], None]
 
@@ -84,6 +86,10 @@ def convert(
             journal.finish()
         drafts.publish()
         journal.remove()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise NotEnoughRoom(f"The disk is full: {plan.output} needs {plan.nbytes:,} bytes in all.", FULL) from None
     finally:
         journal.close()
 

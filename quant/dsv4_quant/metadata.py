@@ -136,6 +136,26 @@ def model_keys(c: ModelConfig, variant: Variant) -> dict[str, Any]:
         "embedding_length": c.hidden_size,
         "vocab_size": c.vocab_size,
         **more,
+        **_attention_keys(c, ratios),
+        **_rope_keys(c),
+        "expert_count": c.n_routed_experts,
+        "expert_used_count": c.num_experts_per_tok,
+        "expert_feed_forward_length": c.moe_intermediate_size,
+        "expert_shared_count": c.n_shared_experts,
+        "expert_weights_scale": c.routed_scaling_factor,
+        "expert_weights_norm": True,
+        "expert_gating_func": SQRT_SOFTPLUS,
+        "swiglu_clamp_exp": [c.swiglu_limit] * blocks,
+        "swiglu_clamp_shexp": [c.swiglu_limit] * blocks,
+        "hyper_connection.count": c.hc_mult,
+        "hyper_connection.sinkhorn_iterations": c.hc_sinkhorn_iters,
+        "hyper_connection.epsilon": c.hc_eps,
+        "hash_layer_count": hashed,
+    }
+
+
+def _attention_keys(c: ModelConfig, ratios: list[int]) -> dict[str, Any]:
+    return {
         "attention.head_count": c.num_attention_heads,
         "attention.head_count_kv": 1,
         "attention.key_length": c.head_dim,
@@ -150,6 +170,11 @@ def model_keys(c: ModelConfig, variant: Variant) -> dict[str, Any]:
         "attention.indexer.head_count": c.index_n_heads,
         "attention.indexer.key_length": c.index_head_dim,
         "attention.indexer.top_k": c.index_topk,
+    }
+
+
+def _rope_keys(c: ModelConfig) -> dict[str, Any]:
+    return {
         "rope.dimension_count": c.qk_rope_head_dim,
         "rope.freq_base": c.rope_theta,
         "rope.scaling.type": "yarn",
@@ -157,19 +182,6 @@ def model_keys(c: ModelConfig, variant: Variant) -> dict[str, Any]:
         "rope.scaling.original_context_length": c.rope_scaling.original_max_position_embeddings,
         "rope.scaling.yarn_beta_fast": c.rope_scaling.beta_fast,
         "rope.scaling.yarn_beta_slow": c.rope_scaling.beta_slow,
-        "expert_count": c.n_routed_experts,
-        "expert_used_count": c.num_experts_per_tok,
-        "expert_feed_forward_length": c.moe_intermediate_size,
-        "expert_shared_count": c.n_shared_experts,
-        "expert_weights_scale": c.routed_scaling_factor,
-        "expert_weights_norm": True,
-        "expert_gating_func": SQRT_SOFTPLUS,
-        "swiglu_clamp_exp": [c.swiglu_limit] * blocks,
-        "swiglu_clamp_shexp": [c.swiglu_limit] * blocks,
-        "hyper_connection.count": c.hc_mult,
-        "hyper_connection.sinkhorn_iterations": c.hc_sinkhorn_iters,
-        "hyper_connection.epsilon": c.hc_eps,
-        "hash_layer_count": hashed,
     }
 
 

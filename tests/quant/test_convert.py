@@ -1,59 +1,28 @@
-"""From a plan to files: values, metadata, resumption after kill -9, and what stops a conversion."""
+"""From a plan to files: values, metadata, importance."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
-from collections import namedtuple
 from collections.abc import Mapping
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import gguf
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dsv4_quant import drafts, recipe
-from dsv4_quant.convert import convert, device_called, journal_of
-from dsv4_quant.errors import CorruptFile, NotEnoughRoom, UnsupportedModel, WrongUse
+from dsv4_quant.convert import convert, device_called
+from dsv4_quant.errors import UnsupportedModel, WrongUse
 from dsv4_quant.files import open_source
 from dsv4_quant.files.gguf_writer import fill_text
-from dsv4_quant.files.headers import read_header
 from dsv4_quant.formats import q8_0
-from dsv4_quant.journal import Journal
 from dsv4_quant.metadata import QUALITY, Origin
-from dsv4_quant.plan import Plan, make_plan
-from tests.support import gguf_writer, killed
-from tests.support.program import ROOT, environment
+from tests.support import gguf_writer
+from tests.support.conversion import ORIGIN, digests, planned, written
+from tests.support.program import ROOT
 from tests.support.synth import Checkpoint, Shape
-
-ORIGIN = Origin("DeepSeek-V4-Small", "deepseek-ai/DeepSeek-V4-Small", "0123abc", "MIT", "q2 --down q3_k", "{{ messages }}")
-
-
-def planned(source: Path, output: Path, name: str = "mxfp4", origin: Origin = ORIGIN, **options: Any) -> Plan:
-    changes = recipe.rules_of(options.pop("changes", {}))
-    return make_plan(read_header(source), output, recipe.named(name), origin, changes=changes, **options)
-
-
-def written(source: Path, output: Path, name: str = "mxfp4", **options: Any) -> Path:
-    plan = planned(source, output, name, **options)
-    convert(plan, open_source(source))
-    return plan.parts[0].path
-
-
-def digests(plan: Plan) -> list[str]:
-    return [sha256(part.path.read_bytes()).hexdigest() for part in plan.parts]
-
-
-@pytest.fixture(scope="module")
-def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return written(folder, tmp_path_factory.mktemp("made") / "small.gguf")
-
 
 # ---- what is in the file -------------------------------------------------------------------------------------------
 
@@ -180,153 +149,15 @@ def test_parts_of_a_split_file(folder: Path, made: Path, tmp_path: Path) -> None
     assert torch.equal(whole.read("layers.2.ffn.experts.2.w2.weight").data, split.read("layers.2.ffn.experts.2.w2.weight").data)
 
 
-@pytest.mark.parametrize("name", ["q2", "q1"])
-def test_workers_do_not_change_a_byte(name: str, tmp_path: Path) -> None:
+def test_workers_do_not_change_a_byte(tmp_path: Path) -> None:
     source, found, threads = ROOT / "dsv4cli/assets/tiny", set(), torch.get_num_threads()
     for workers in (1, 3):
-        plan = planned(source, tmp_path / f"{workers}.gguf", name)
+        plan = planned(source, tmp_path / f"{workers}.gguf", "q1", changes={"down": "q2_k"})
         torch.set_num_threads(workers)
         convert(plan, open_source(source), workers=workers)
         found.add(digests(plan)[0])
     torch.set_num_threads(threads)
     assert len(found) == 1
-
-
-# ---- interruptions -------------------------------------------------------------------------------------------------
-
-DEATHS = [("wiped", 1), ("created", 1), ("torn", 2), ("written", 9), ("noted", 15), ("torn", 8), ("finished", 1), ("renamed", 2),
-          ("removed", 1)]
-
-
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    unbroken, output = killed.small_plan(folder, tmp_path / "unbroken.gguf"), tmp_path / "out.gguf"
-    convert(unbroken, open_source(folder), workers=3)
-    plan, before = killed.small_plan(folder, output), 0
-    for point, count in DEATHS:
-        command = [sys.executable, str(ROOT / "tests/support/killed.py"), str(folder), str(output), point, str(count)]
-        assert subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), cwd=ROOT, timeout=60).returncode == -9, point
-        if journal_of(output).exists():
-            journal = Journal(journal_of(output))
-            known = journal.resume(plan.fingerprint("", "cpu"))
-            journal.close()
-            assert known or point in ("wiped", "created")
-            assert len(journal.done) >= before, f"{point} forgot what was done"
-            assert point not in ("written", "noted") or len(journal.done) > before, f"{point}: nothing was noted"
-            before = len(journal.done)
-    assert before == plan.pieces
-    assert digests(plan) == digests(unbroken)
-    assert not journal_of(output).exists()
-
-
-def test_a_ctrl_c_notes_what_was_done(folder: Path, tmp_path: Path) -> None:
-    plan = planned(folder, tmp_path / "out.gguf")
-    seen: list[str] = []
-
-    def press(done: int, total: int, name: str) -> None:
-        seen.append(name)
-        if len(seen) == 20:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(plan, open_source(folder), workers=2, report=press)
-    assert not plan.output.exists()
-    first, more = len(seen), []
-    convert(plan, open_source(folder), report=lambda done, total, name: more.append((done, total)))
-    assert len(more) <= plan.pieces - first
-    assert more[-1][0] == more[-1][1] == sum(target.nbytes for target in plan.targets)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf"]
-
-
-def test_other_options_do_not_go_on_with_unfinished_work(folder: Path, tmp_path: Path) -> None:
-    first = planned(folder, tmp_path / "out.gguf")
-    interrupt(first, folder)
-    other = planned(folder, first.output, changes={"down": "f16"})
-    with pytest.raises(WrongUse, match="begun from another source or with other options"):
-        convert(other, open_source(folder))
-    convert(other, open_source(folder), force=True)
-    expected = planned(folder, tmp_path / "expected.gguf", changes={"down": "f16"})
-    convert(expected, open_source(folder))
-    assert digests(other) == digests(expected)
-
-
-def interrupt(plan: Plan, folder: Path) -> None:
-    def press(done: int, total: int, name: str) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        convert(plan, open_source(folder), report=press)
-
-
-def test_a_lost_draft_begins_anew(folder: Path, made: Path, tmp_path: Path) -> None:
-    plan = planned(folder, tmp_path / "out.gguf")
-    interrupt(plan, folder)
-    (tmp_path / "out.gguf.part").unlink()
-    convert(plan, open_source(folder))
-    assert plan.output.read_bytes() == made.read_bytes()
-
-
-def test_two_programs_do_not_write_the_same_file(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("fcntl")
-    plan = planned(folder, tmp_path / "out.gguf")
-    other = Journal(journal_of(plan.output))
-    with pytest.raises(WrongUse, match=r"Another program is writing out\.gguf"):
-        convert(plan, open_source(folder))
-    other.close()
-    convert(plan, open_source(folder))
-
-
-# ---- bad input -----------------------------------------------------------------------------------------------------
-
-
-def test_existing_output_is_replaced_only_when_told(folder: Path, made: Path, tmp_path: Path) -> None:
-    plan = planned(folder, tmp_path / "out.gguf")
-    plan.output.write_text("precious")
-    with pytest.raises(WrongUse, match="exists already") as caught:
-        convert(plan, open_source(folder))
-    assert "--force" in caught.value.hint
-    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf"]
-    assert plan.output.read_text() == "precious"
-    convert(plan, open_source(folder), force=True)
-    assert plan.output.read_bytes() == made.read_bytes()
-
-
-def test_a_disk_too_small_has_both_numbers(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = planned(folder, tmp_path / "out.gguf")
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(drafts.shutil, "disk_usage", lambda folder: usage(10**9, 0, 12_345))
-    with pytest.raises(NotEnoughRoom, match=rf"12,345 bytes free; {plan.nbytes:,} are needed") as caught:
-        convert(plan, open_source(folder))
-    assert caught.value.exit_code == 3
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("name", "change", "where"), [
-    ("layers.1.attn.wkv.weight", lambda data: data[5].view(torch.uint8)[7].fill_(0x7F), "row 5, column 7"),
-    ("layers.1.ffn.experts.2.w2.scale", lambda data: data[3].view(torch.uint8)[1].fill_(255), "row 3, column 32"),
-    ("layers.2.ffn.experts.0.w1.scale", lambda data: data[0].view(torch.uint8)[0].fill_(254), "row 0"),
-    ("embed.weight", lambda data: data[63, 2].fill_(float("inf")), "row 63, column 2"),
-    ("layers.0.attn.attn_sink", lambda data: data[1].fill_(float("nan")), "row 0, column 1"),
-], ids=["fp8", "fp4-scale", "fp4-overflow", "bf16", "f32"])
-def test_what_is_no_number_stops_it_by_name(name: str, change: Any, where: str, folder: Path, tmp_path: Path) -> None:
-    bad = shutil.copytree(folder, tmp_path / "bad")
-    shard = next(path for path in bad.glob("*.safetensors") if name in load_file(path))
-    data = load_file(shard)
-    change(data[name])
-    save_file(data, shard)
-    with pytest.raises(CorruptFile, match=f"{name.replace('.scale', '.weight')} holds (nan|-?inf) in {where}") as caught:
-        written(bad, tmp_path / "out.gguf")
-    assert caught.value.exit_code == 4
-    assert not (tmp_path / "out.gguf").exists()
-
-
-def test_values_beyond_a_type_stop_it(folder: Path, tmp_path: Path) -> None:
-    bad = shutil.copytree(folder, tmp_path / "bad")
-    shard = next(path for path in bad.glob("*.safetensors") if "embed.weight" in load_file(path))
-    data = load_file(shard)
-    data["embed.weight"][3, 3] = 1e6
-    save_file(data, shard)
-    with pytest.raises(WrongUse, match=r"token_embd\.weight has values that f16 cannot hold"):
-        written(bad, tmp_path / "out.gguf", changes={"embed": "f16"})
 
 
 class Matrix:

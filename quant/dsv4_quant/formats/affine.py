@@ -98,7 +98,7 @@ class Affine:
             tried = self.solve(moments)
             error = self.error(moments, *tried)
             better = (error < best) & (tried[0] > 0)
-            best = torch.minimum(best, error)
+            best = torch.where(better, error, best)
             scale, shift = torch.where(better, tried[0], scale), torch.where(better, tried[1], shift)
         return scale, shift
 
@@ -126,18 +126,23 @@ class Affine:
         """Steps (of scales, of minima) [block] of least error for these levels: one after the other, of several divisors
         of the largest."""
         largest, largest_min = scale.amax(0), minimum.amax(0)
-        tries = [(divisor, self.grid) for divisor in effort.divisors]
-        tries += [(None, divisor) for divisor in effort.divisors[1:]]
-        best, kept = torch.full_like(largest, torch.inf), (largest, largest_min)
-        for divisor, divisor_min in tries:
-            step = kept[0] if divisor is None else self.piece.as_stored(largest / divisor)
-            step_min = self.piece.as_stored(largest_min / divisor_min)
-            scales, minima = self._pick(m, step, step_min)
-            error = total(self.error(m, scales * step, -self.floor - minima * step_min))
-            better = error < best
-            best = torch.minimum(best, error)
-            kept = (torch.where(better, step, kept[0]), torch.where(better, step_min, kept[1]))
-        return kept
+        step = self.piece.as_stored(largest / effort.divisors[0])
+        step_min = self.piece.as_stored(largest_min / effort.divisors[0])
+        best = self._error_on_grid(m, step, step_min)
+        for divisor in effort.divisors[1:]:
+            tried = self.piece.as_stored(largest / divisor)
+            error = self._error_on_grid(m, tried, step_min)
+            step, best = torch.where(error < best, tried, step), torch.minimum(error, best)
+        for divisor in effort.divisors[1:]:
+            tried = self.piece.as_stored(largest_min / divisor)
+            error = self._error_on_grid(m, step, tried)
+            step_min, best = torch.where(error < best, tried, step_min), torch.minimum(error, best)
+        return step, step_min
+
+    def _error_on_grid(self, m: Moments, step: Tensor, step_min: Tensor) -> Tensor:
+        """The error [block] of these levels with the best integers under these steps, less a constant."""
+        scales, minima = self._pick(m, step, step_min)
+        return total(self.error(m, scales * step, -self.floor - minima * step_min))
 
     def _pick(self, m: Moments, step: Tensor, step_min: Tensor) -> tuple[Tensor, Tensor]:
         """Integers (of scales, of minima) on the grid of these steps: both neighbours of the best scale, the best

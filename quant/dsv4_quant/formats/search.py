@@ -66,17 +66,16 @@ def by_pieces(rows: Tensor, block: int, block_bytes: int, encode: Callable[[Tens
     ValueError if the columns are no multiple of the block.
     """
     count, columns = rows.shape
-    if columns % block:
-        raise ValueError(f"Rows of {columns} are not whole blocks of {block}.")
+    _demand_blocks(columns, block)
     stored = torch.empty(count, columns // block * block_bytes, dtype=torch.uint8, device=rows.device)
-    step = rows_at_a_time(rows)
+    step = _rows_at_a_time(rows)
     for row in range(0, count, step):
         found = encode(rows[row : row + step].float().reshape(-1, block), row)
         stored[row : row + step] = found.view(-1, stored.shape[1])
     return stored
 
 
-def rows_at_a_time(rows: Tensor) -> int:
+def _rows_at_a_time(rows: Tensor) -> int:
     """How many rows make a piece."""
     return max(1, (PIECE_CPU if rows.device.type == "cpu" else PIECE_GPU) // max(1, rows.shape[1]))
 
@@ -88,11 +87,12 @@ def search_pieces(rows: Tensor, importance: Tensor | None, block: int, block_byt
     importance: [columns], [n, columns], or None where all count alike. ValueError if it has another shape.
     """
     count, columns = rows.shape
+    _demand_blocks(columns, block)
     if importance is None:
         importance = torch.ones(columns, device=rows.device)
     if importance.shape not in ((columns,), (count, columns)):
         raise ValueError(f"Importance of shape {tuple(importance.shape)} for rows of shape {tuple(rows.shape)}.")
-    step = min(count, rows_at_a_time(rows))
+    step = min(count, _rows_at_a_time(rows))
     shared = _weights(importance.expand(step, columns), block, size) if importance.dim() == 1 else None
     scratch = Scratch()
 
@@ -105,6 +105,11 @@ def search_pieces(rows: Tensor, importance: Tensor | None, block: int, block_byt
         return encode(_lay_out(blocks, weight, size, scratch))
 
     return by_pieces(rows, block, block_bytes, encode_blocks)
+
+
+def _demand_blocks(columns: int, block: int) -> None:
+    if columns % block:
+        raise ValueError(f"Rows of {columns} are not whole blocks of {block}.")
 
 
 def _weights(importance: Tensor, block: int, size: int) -> Tensor:
