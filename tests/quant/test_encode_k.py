@@ -21,7 +21,7 @@ from tests.support import llama_quantize
 SEARCHED = ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_xs", "mxfp4")
 NAMES = ("q8_0", *SEARCHED)
 # Of llama.cpp's error on Gaussian rows, measured here, and a half per cent to spare.
-OF_LLAMA = {"q6_k": 0.925, "q5_k": 0.95, "q4_k": 0.973, "q3_k": 0.988, "q2_k": 0.936, "iq4_xs": 0.953, "mxfp4": 0.957}
+OF_LLAMA = {"q6_k": 0.935, "q5_k": 0.95, "q4_k": 0.973, "q3_k": 0.988, "q2_k": 0.936, "iq4_xs": 0.953, "mxfp4": 0.957}
 TINY = Path(__file__).parents[2] / "dsv4cli/assets/tiny"
 
 
@@ -124,7 +124,8 @@ def test_important_columns_are_nearer(name: str) -> None:
 def test_fp4_stays_exact_in_mxfp4() -> None:
     random = torch.Generator().manual_seed(4)
     codes = torch.randint(0, 256, (64, 256), generator=random, dtype=torch.uint8)
-    scales = torch.randint(10, 240, (64, 16), generator=random, dtype=torch.uint8)
+    scales = torch.randint(0, 60, (64, 16), generator=random, dtype=torch.uint8)
+    scales += torch.randint(10, 180, (64, 1), generator=random, dtype=torch.uint8)
     rows = fp4.decode(codes, scales)
     assert torch.equal(decode("mxfp4", encode("mxfp4", rows, importance()[:512])), rows)
 

@@ -52,11 +52,11 @@ class Piece:
 
     def half(self, step: Tensor) -> Tensor:
         """float16 of a step per block, in the units of the rows; what is too large becomes the largest."""
-        return _times_power(step, self.exponent).clamp_(-LARGEST_HALF, LARGEST_HALF).half()
+        return (step * power_of_two(self.exponent)).clamp_(-LARGEST_HALF, LARGEST_HALF).half()
 
     def as_stored(self, step: Tensor) -> Tensor:
         """float32: a step as it is after it was stored as a half."""
-        return _times_power(self.half(step).float(), -self.exponent)
+        return self.half(step).float() * power_of_two(-self.exponent)
 
 
 def by_pieces(rows: Tensor, block: int, block_bytes: int, encode: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -123,7 +123,7 @@ def _lay_out(blocks: Tensor, weight: Tensor, size: int, scratch: Scratch) -> Pie
     x = _turn(blocks, size, scratch)
     largest = torch.maximum(x.amax((0, 1)), -x.amin((0, 1)))
     exponent = torch.frexp(largest).exponent.clamp_(-126, 126)
-    return Piece(x.mul_(_times_power(torch.ones_like(largest), -exponent)), weight, exponent, scratch)
+    return Piece(x.mul_(power_of_two(-exponent)), weight, exponent, scratch)
 
 
 def _turn(blocks: Tensor, size: int, scratch: Scratch) -> Tensor:
@@ -132,9 +132,9 @@ def _turn(blocks: Tensor, size: int, scratch: Scratch) -> Tensor:
     return scratch.take(turned).copy_(turned)
 
 
-def _times_power(numbers: Tensor, exponent: Tensor) -> Tensor:
-    """numbers * 2^exponent for exponents within -126..126."""
-    return numbers * ((exponent + 127).to(torch.int32) << 23).view(torch.float32)
+def power_of_two(exponent: Tensor) -> Tensor:
+    """float32 2^exponent for exponents within -126..127."""
+    return ((exponent + 127).to(torch.int32) << 23).view(torch.float32)
 
 
 def total(terms: Tensor) -> Tensor:
