@@ -35,7 +35,7 @@ def encode(rows: Tensor, importance: Tensor | None) -> Tensor:
     Values of FP4 stay exact where no scale is 2^80 times that of a neighbour.
     """
     together = 8 if rows.shape[1] % (8 * BLOCK) == 0 else 1  # blocks side by side are turned faster than one
-    return search_pieces(rows, importance, together * BLOCK, together * BLOCK_BYTES, BLOCK, _encode)
+    return search_pieces(rows, importance, together * BLOCK, together * BLOCK_BYTES, BLOCK, _encode, light=True)
 
 
 def _encode(piece: Piece) -> Tensor:
