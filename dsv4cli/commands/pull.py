@@ -66,7 +66,8 @@ def carry_out(plan: Plan, workers: int = 4, rate: float | None = None, yes: bool
     if not yes and sys.stdin.isatty() and not agreed("Fetch it?"):
         raise Interrupted("Not fetched.")
     state = transfer.watch(Pull(plan, workers, rate).run(), plan.entry.name, quiet)
-    _say(f"{plan.entry.name} is here: {in_bytes(state.fetched)} fetched, {len(plan.files)} files verified, in {plan.target}.", quiet)
+    count = f"{in_bytes(state.fetched)} fetched, {len(plan.files)} files verified"
+    _say(f"{plan.entry.name} is here: {count}, in {plan.target}.", quiet)
 
 
 def described(plan: Plan) -> list[str]:
