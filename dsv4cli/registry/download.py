@@ -24,7 +24,6 @@ from dsv4cli.registry.incoming import Incoming, Part
 WORKERS = 4
 FRAME = 0.1  # seconds between two looks at the state
 LEFT_BEHIND = 2.0  # seconds
-PROXY = "Check HF_ENDPOINT and the proxy settings."
 AGAIN = "Run the same command again; files that did not change are kept."
 
 
@@ -178,7 +177,7 @@ class Download:
         """One request's bytes. Raises Passing if they end early, HubError if the file has another length than promised."""
         with hub.body(self.repo, self.commit, file, part.here) as body:
             if body.start not in (0, part.here):
-                raise HubError(f"The hub sends {file.path} from byte {body.start}; asked for {part.here}.", PROXY)
+                raise HubError(f"The hub sends {file.path} from byte {body.start}; asked for {part.here}.", hub.PROXY)
             if body.total is not None and body.total != file.size:
                 self._check_length(file, body.total)
             known = part.here - body.start  # a server that ignores the range sends the old bytes once more
@@ -186,7 +185,7 @@ class Download:
                 if self._stop.is_set():
                     raise Stopped
                 if len(chunk) > known + file.size - part.here:
-                    raise HubError(f"The hub sends more than the {file.size} bytes of {file.path}.", PROXY)
+                    raise HubError(f"The hub sends more than the {file.size} bytes of {file.path}.", hub.PROXY)
                 part.append(chunk[known:] if known else chunk)
                 known = max(0, known - len(chunk))
                 self.state.current[file.path] = (part.here, file.size)

@@ -30,6 +30,7 @@ TRIES = 10  # without progress between them; with the pauses below four minutes,
 FIRST_TRIES = 3  # of the first question: whoever has just typed a command wants to know soon
 PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds after the first failure, doubled after each, and its bound
 LONGEST_ASKED = 600.0  # seconds that a server may ask us to wait (Retry-After)
+PROXY = "Check HF_ENDPOINT and the proxy settings."
 KEPT = "What was fetched is kept; run the same command to go on."
 
 T = TypeVar("T")
@@ -97,13 +98,16 @@ def listing(repo: str, revision: str | None = None, tries: int | None = None) ->
 
     try:
         info = patiently(ask, tries or FIRST_TRIES)
+        files = tuple(_remote_file(sibling, repo) for sibling in info.siblings or ())
+        commit = re.fullmatch(r"[0-9a-f]{40}", info.sha)
+        license = (info.card_data or {}).get("license") or ""
     except _Missing as error:
         raise _with_neighbours(error, repo, revision) from None
-    files = tuple(_remote_file(sibling, repo) for sibling in info.siblings or ())
-    if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
-        raise HubError(f"{endpoint()} names no commit for {repo}.", "Check HF_ENDPOINT.")
-    card = getattr(info, "card_data", None)
-    return Listing(repo, info.sha, files, str((card and card.get("license")) or "").upper())
+    except (KeyError, TypeError, AttributeError):
+        commit = None
+    if not commit:
+        raise HubError(f"{endpoint()} does not answer as the hub does when asked for {repo}.", PROXY)
+    return Listing(repo, commit[0], files, str(license).upper())
 
 
 @contextmanager
@@ -152,7 +156,7 @@ def told(repo: str, path: str = "") -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # a file of ours
         raise HubError(f"{endpoint()} does not answer as the hub does: {error or type(error).__name__}.",
-                       "Check HF_ENDPOINT and the proxy settings.") from None
+                       PROXY) from None
 
 
 def patiently(act: Callable[[], T], tries: int) -> T:
@@ -192,7 +196,7 @@ def refusal(status: int, headers: Any, repo: str, path: str = "") -> HubError:
         trouble = Passing(f"The hub fails ({status}) when asked for {what}.", f"Try again later. {KEPT}")
         trouble.wait = _asked_to_wait(headers)
         return trouble
-    return HubError(f"The hub answers {status} when asked for {what}.", "Check HF_ENDPOINT and the proxy settings.")
+    return HubError(f"The hub answers {status} when asked for {what}.", PROXY)
 
 
 def _forbidden(status: int, code: str, what: str, repo: str) -> HubError:
@@ -239,7 +243,7 @@ def _extent(response: Any) -> tuple[int, int | None]:
     if response.status_code == 206:
         match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
         if not match:
-            raise HubError(f"{endpoint()} answers a range without saying which.", "Check HF_ENDPOINT and the proxy settings.")
+            raise HubError(f"{endpoint()} answers a range without saying which.", PROXY)
         return int(match[1]), None if match[2] == "*" else int(match[2])
     length = response.headers.get("Content-Length", "")
     return 0, int(length) if length.isdigit() else None

@@ -161,12 +161,11 @@ class Pull:
         """Links files that are on this disk already: of the revision installed before, or in the hub's cache."""
         plan = self.plan
         blobs = paths.hub_cache() / f"models--{plan.listing.repo.replace('/', '--')}" / "blobs"
-        installed = {sha256: plan.target / path for path, _, sha256 in plan.entry.files}
+        installed = {path: sha256 for path, _, sha256 in plan.entry.files}
         for file in plan.files:
-            if file.sha256:
-                for source in (installed.get(file.sha256), blobs / file.sha256):
-                    if source:
-                        plan.incoming.adopt(file, source)
+            if file.path in installed and file.sha256 in (None, installed[file.path]):
+                plan.incoming.adopt(file, plan.target / file.path)  # it is hashed like everything else
+            plan.incoming.adopt(file, blobs / file.digest)
 
     def _install(self) -> None:
         """Checks the files together, writes the manifest, and gives the folder its place."""

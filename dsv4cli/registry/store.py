@@ -118,6 +118,8 @@ def _main(folder: Path) -> str | None:
 def ggufs(names: list[str], pick: str = "") -> list[str]:
     """Of file names, the GGUF models (of a split one its first part) that `pick` means: a file, or a quantisation in it."""
     first = [name for name in sorted(names) if name.endswith(".gguf") and (not (part := PART.search(name)) or part[1] == "00001")]
+    if not pick:
+        return first
     exact = [name for name in first if pick in (name, name.rpartition("/")[2], PART.sub(r".gguf", name))]
     word = re.compile(rf"(?<![a-z0-9]){re.escape(pick.lower())}(?![a-z0-9])")
     return exact or [name for name in first if word.search(name.lower())]

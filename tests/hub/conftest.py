@@ -44,6 +44,7 @@ def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.delenv("HF_HUB_OFFLINE")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(client, "PAUSE", 0.01)
+        monkeypatch.setattr(client, "TRIES", 6)
         monkeypatch.setattr(client, "QUIET", 5.0)
         yield running
         huggingface_hub.close_session()

@@ -1,6 +1,7 @@
 """A Hugging Face hub of our own on 127.0.0.1: the routes that huggingface_hub's client calls, and every fault at a switch.
 
     GET  /api/models/OWNER/NAME[/revision/REV]?blobs=True    the files of a commit, with sizes and digests
+    GET  /api/models/OWNER/NAME/tree/REV                     the same, as huggingface_hub's own downloads ask since 2.0
     GET  /api/models/OWNER/NAME/refs, /api/models?author=    what else there is
     GET, HEAD /OWNER/NAME/resolve/REV/PATH                   small files; large ones (LFS) by redirect, as the real one does
     GET  /cdn/SHA256                                         the bytes of a large file
@@ -161,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/models":
             owner = query.get("author", [""])[0]
             return self._say(200, [{"id": repo} for repo in self.hub.repos if repo.startswith(f"{owner}/")])
-        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(refs)|/revision/(.+))?", path)
+        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(refs)|/revision/(.+)|/tree/(.+))?", path)
         if not match or match[1] not in self.hub.repos:
             return self._say(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         if match[2]:
@@ -170,9 +171,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self._say(200, {"branches": branches, "tags": [], "converts": []})
         if refused := self._refused(match[1]):
             return self._say(refused[0], {"error": "no"}, {"X-Error-Code": refused[1]})
-        commit = self._commit(match[1], match[3] or "main")
+        commit = self._commit(match[1], match[3] or match[4] or "main")
         if commit is None:
             return self._say(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
+        if match[4]:
+            return self._say(200, [_leaf(name, file) for name, file in self.hub.repos[match[1]][commit].items()])
         siblings = [_sibling(name, file) for name, file in self.hub.repos[match[1]][commit].items()]
         return self._say(200, {"id": match[1], "modelId": match[1], "sha": commit, "siblings": siblings, "tags": [],
                                "cardData": {"license": "mit"}, "private": False, "downloads": 0, "likes": 0})
@@ -190,7 +193,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not file.large:
             return self._file(match[3], file, {"X-Repo-Commit": commit or "", "ETag": f'"{file.oid}"'})
         self.send_response(302)
-        address = f"http://{self.headers['Host']}/cdn/{file.sha256}"
+        host = self.headers["Host"].replace("127.0.0.1", "localhost")  # another host, as that of the real bytes
+        address = f"http://{host}/cdn/{file.sha256}"
         for name, value in {"Location": address, "X-Repo-Commit": commit or "", "X-Linked-Size": str(file.size),
                             "X-Linked-Etag": f'"{file.sha256}"', "Content-Length": "0"}.items():
             self.send_header(name, value)
@@ -255,6 +259,13 @@ def _sibling(name: str, file: Stored) -> dict[str, Any]:
     if file.large:
         about["lfs"] = {"sha256": file.sha256, "size": file.size, "pointerSize": 134}
     return about
+
+
+def _leaf(name: str, file: Stored) -> dict[str, Any]:
+    leaf: dict[str, Any] = {"type": "file", "path": name, "size": file.size, "oid": file.oid}
+    if file.large:
+        leaf["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 134}
+    return leaf
 
 
 if __name__ == "__main__":
