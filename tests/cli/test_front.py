@@ -111,7 +111,7 @@ def test_options_that_are_not_text_are_still_converted() -> None:
 
 
 @pytest.mark.parametrize(("typed", "offered"), [
-    ("dsv4 ", ["chat", "run", "list", "show", "doctor", "bench", "eval"]), ("dsv4 run --think", ["--think", "--think-budget"]),
+    ("dsv4 ", list(cli.COMMANDS)), ("dsv4 run --think", ["--think", "--think-budget"]),
     ("dsv4 eval p", ["ppl"]), ("dsv4 eval ppl --j", ["--json"]), ("dsv4 ls --j", ["--json"])])
 def test_the_shell_completes_commands_and_options(run_dsv4: Run, monkeypatch: pytest.MonkeyPatch, typed: str,
                                                   offered: list[str]) -> None:
@@ -133,7 +133,7 @@ def test_help_lists_what_works_and_nothing_else(run_dsv4: Run) -> None:
     assert shown.code == 0
     listed = shown.out.partition("Commands")[2].splitlines()
     commands = [line.split()[1] for line in listed if line.startswith("│ ") and line[2] != " "]
-    assert commands == ["chat", "run", "list", "show", "doctor", "bench", "eval"]
+    assert commands == list(cli.COMMANDS)
 
 
 @pytest.mark.parametrize(("arguments", "sentence", "hint"), [

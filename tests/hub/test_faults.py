@@ -199,7 +199,8 @@ def test_a_connection_dropped_at_every_64_kb(run_dsv4: Run, hub: Hub, published:
 
 def test_a_server_that_ignores_ranges(run_dsv4: Run, hub: Hub, published: Path) -> None:
     size = (published / SECOND).stat().st_size
-    hub.faults = [Fault(SECOND, times=1, cut=size // 3), Fault(SECOND, times=1, cut=size // 2, deaf=True), Fault(SECOND, deaf=True)]
+    hub.faults = [Fault(SECOND, times=1, cut=size // 3), Fault(SECOND, times=1, cut=size // 2, deaf=True),
+                  Fault(SECOND, deaf=True)]
     assert run_dsv4("pull", REPO).code == 0
     assert_same(published)
     assert hub.fetched().count(SECOND) == 3
@@ -398,7 +399,7 @@ def test_an_interrupted_pull_keeps_its_parts(run_dsv4: Run, hub: Hub, published:
         patched.setattr(download.Download, "run", interrupted)
         assert run_dsv4("pull", REPO).code == 130
     kept = bytes_kept()
-    assert 0 < kept
+    assert kept > 0
     assert not (paths.models() / store.folder_name(REPO)).exists()
     hub.faults = []
     assert run_dsv4("pull", REPO).code == 0

@@ -15,7 +15,8 @@ import pytest
 from dsv4_quant.files import open_source
 from dsv4cli import paths
 from dsv4cli.commands import transfer
-from dsv4cli.registry import catalog, hub as client, store
+from dsv4cli.registry import catalog, store
+from dsv4cli.registry import hub as client
 from dsv4cli.registry.download import Download, State
 from dsv4cli.registry.incoming import Incoming
 from tests.hub.conftest import REPO, assert_same, installed, shards
@@ -87,7 +88,7 @@ def test_what_is_part_of_dsv4_or_a_path_is_not_fetched(run_dsv4: Run, hub: Hub, 
 
 
 def test_a_complete_copy_in_the_hubs_cache_is_used_as_it_is(run_dsv4: Run, hub: Hub) -> None:
-    huggingface_hub.snapshot_download(REPO, endpoint=hub.address, cache_dir=paths.hub_cache())  # the real client fills its own cache
+    huggingface_hub.snapshot_download(REPO, endpoint=hub.address, cache_dir=paths.hub_cache())
     before = len(hub.fetched())
     done = run_dsv4("pull", REPO)
     assert done.code == 0

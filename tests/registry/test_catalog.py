@@ -59,7 +59,7 @@ def test_a_known_model_that_is_not_here_says_where_it_was_looked_for() -> None:
     assert failure.value.exit_code == 1
     assert str(paths.models()) in failure.value.message
     assert "46 shards hold 160 GB" in failure.value.hint
-    assert "pull" not in failure.value.hint  # there is no such command yet
+    assert "dsv4 pull flash" in failure.value.hint
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("flsh", "flash"), ("flash@0713", "flash@0731"), ("tyni", "tiny")])

@@ -87,8 +87,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.log: list[Request] = []
         self.private: dict[str, tuple[int, str]] = {}  # repo -> status and X-Error-Code without a token
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self}))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self}))
         self.address = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Hub:
@@ -123,6 +122,15 @@ def stored(path: Path) -> Stored:
     data = path.read_bytes()
     oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
     return Stored(path, len(data), hashlib.sha256(data).hexdigest(), oid)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed is no error of the hub's."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
