@@ -33,3 +33,15 @@ def test_a_run_that_fails_is_shown_in_its_own_words() -> None:
     done = first_token("nonsense")
     assert done.returncode == 1
     assert "There is no model called nonsense." in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="CPU time is asked of the module resource")
+def test_a_download_beside_a_plain_copy(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/download.py"), "--mb", "2", "--shards", "2", "--rounds", "1",
+               "--scratch", str(tmp_path), "--out", str(tmp_path / "ways.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "ways.csv").read_text().splitlines()))
+    assert [row["way"] for row in rows] == ["copy", "pull", "hub", "hash"]
+    assert all(float(row["seconds"]) > 0 and float(row["cpu_seconds"]) > 0 for row in rows)
+    assert done.stdout.splitlines()[-3].startswith("| pull | ")
