@@ -18,7 +18,7 @@ from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub import HfApi, constants, get_token, hf_hub_url
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import build_hf_headers, get_session
 
@@ -204,6 +204,9 @@ def _forbidden(status: int, code: str, what: str, repo: str) -> HubError:
     if code == "GatedRepo":
         return HubError(f"The hub gives {what} only to those who accepted its terms ({status}).",
                         f"Accept them at {page}, then set HF_TOKEN to a token of that account (or run: hf auth login).")
+    if status == 401 and get_token():
+        return HubError(f"The hub does not accept the token that it got for {what} (401).",
+                        f"Make a new one at {endpoint()}/settings/tokens and set HF_TOKEN to it (or run: hf auth login).")
     if status == 401:
         return HubError(f"The hub does not say whether {what} exists to somebody who is not logged in (401).",
                         f"Check the name. If it is private: set HF_TOKEN to a token from {endpoint()}/settings/tokens "

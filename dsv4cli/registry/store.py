@@ -55,7 +55,7 @@ def folder_name(name: str) -> str:
 def unfinished() -> Iterator[Path]:
     """Folders of models on their way in."""
     for folder in sorted((paths.models() / INCOMING).glob("*")):
-        if folder.is_dir():
+        if folder.is_dir() and not folder.name.endswith((".old", ".repair", ".gone")):
             yield folder
 
 
@@ -121,8 +121,10 @@ def ggufs(names: list[str], pick: str = "") -> list[str]:
     if not pick:
         return first
     exact = [name for name in first if pick in (name, name.rpartition("/")[2], PART.sub(r".gguf", name))]
-    word = re.compile(rf"(?<![a-z0-9]){re.escape(pick.lower())}(?![a-z0-9])")
-    return exact or [name for name in first if word.search(name.lower())]
+    for inner in ("a-z0-9_", "a-z0-9"):  # q4_k is Q4_K, and where there is none, Q4_K_M
+        word = re.compile(rf"(?<![a-z0-9]){re.escape(pick.lower())}(?![{inner}])")
+        exact = exact or [name for name in first if word.search(name.lower())]
+    return exact
 
 
 def parts_of(name: str, names: list[str]) -> list[str]:

@@ -82,6 +82,12 @@ def test_a_repo_that_is_not_for_everybody(run_dsv4: Run, hub: Hub, published: Pa
     assert {request.token for request in hub.log if request.path == "config.json"} == {"hf_mine"}
 
 
+def test_a_token_that_is_not_valid(run_dsv4: Run, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.faults = [Fault("/api", status=401)]
+    monkeypatch.setenv("HF_TOKEN", "hf_old")
+    failed(run_dsv4("pull", REPO), 4, "does not accept the token", "Make a new one at")
+
+
 def test_access_that_ends_in_the_middle(run_dsv4: Run, hub: Hub) -> None:
     hub.faults = [Fault(SECOND, status=403)]
     failed(run_dsv4("pull", REPO, "--max-workers", "1"), 4, SECOND, "403")

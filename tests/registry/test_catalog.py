@@ -200,11 +200,13 @@ def test_a_gguf_of_a_repo_and_a_revision_can_be_named() -> None:
 
 
 @pytest.mark.parametrize(("pick", "found"), [
-    ("q4_k_m", ["m-Q4_K_M.gguf"]), ("Q4_K", []), ("q8_0", ["m-Q8_0-00001-of-00003.gguf"]),
+    ("q4_k_m", ["m-Q4_K_M.gguf"]), ("Q4_K", ["m-Q4_K_M.gguf"]), ("q4", ["m-Q4_K_M.gguf"]), ("4", []),
+    ("q8_0", ["m-Q8_0-00001-of-00003.gguf"]),
     ("m-Q8_0.gguf", ["m-Q8_0-00001-of-00003.gguf"]),
     ("m-Q4_K_M.gguf", ["m-Q4_K_M.gguf"]), ("m", ["m-Q4_K_M.gguf", "m-Q8_0-00001-of-00003.gguf"])])
 def test_ggufs_are_found_by_file_and_by_quantisation(pick: str, found: list[str]) -> None:
     names = ["m-Q4_K_M.gguf", *(f"m-Q8_0-0000{part}-of-00003.gguf" for part in (1, 2, 3)), "config.json"]
     assert store.ggufs(names, pick) == found
+    assert store.ggufs([*names, "m-Q4_K.gguf"], "q4_k") == ["m-Q4_K.gguf"]
     assert store.parts_of("m-Q8_0-00001-of-00003.gguf", names) == names[1:4]
     assert store.parts_of("m-Q4_K_M.gguf", names) == names[:1]
