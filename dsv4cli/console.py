@@ -96,6 +96,16 @@ def bold(text: str) -> str:
     return f"\x1b[1m{text}\x1b[0m" if coloured(sys.stdout) else text
 
 
+def in_bytes(count: int) -> str:
+    """123456789 -> '123.5 MB'. Decimal units, as in the sizes of published files."""
+    size = float(count)
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
 @contextmanager
 def working(text: str, quiet: bool) -> Iterator[None]:
     """Says on a terminal's stderr what takes a moment, and takes it back."""

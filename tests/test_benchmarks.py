@@ -78,3 +78,15 @@ def test_rates_and_errors_of_the_encoders(tmp_path: Path) -> None:
     unknown = quantize("q9_k")
     assert unknown.returncode == 2
     assert "nothing is written as q9_k" in unknown.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="CPU time is asked of the module resource")
+def test_a_download_beside_a_plain_copy(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/download.py"), "--mb", "2", "--shards", "2", "--rounds", "1",
+               "--scratch", str(tmp_path), "--out", str(tmp_path / "ways.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "ways.csv").read_text().splitlines()))
+    assert [row["way"] for row in rows] == ["copy", "pull", "hub", "hash"]
+    assert all(float(row["seconds"]) > 0 and float(row["cpu_seconds"]) > 0 for row in rows)
+    assert done.stdout.splitlines()[-3].startswith("| pull | ")

@@ -51,6 +51,7 @@ OUTSIDE: dict[str, set[str]] = {
     "safetensors": {"dsv4_quant", "dsv4cli.engine"},
     "gguf": {"dsv4_quant"},
     "huggingface_hub": {"dsv4cli.registry"},
+    "filelock": {"dsv4cli.registry"},
     "tokenizers": {"dsv4cli.encoding"},
     "prompt_toolkit": {"dsv4cli.chat"},
     "rich": {"dsv4cli.chat", "dsv4cli.console", "dsv4cli.commands", "dsv4cli.cli"},

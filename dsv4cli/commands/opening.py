@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4cli import console
 from dsv4cli.commands.options import OPENING
+from dsv4cli.commands.pull import offer
 from dsv4cli.commands.show import architecture
-from dsv4cli.registry import catalog
+from dsv4cli.registry import catalog, usage
 from dsv4cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 def open_engine(model: str, chosen: Settings) -> Engine:
     """Opens `model`; what nobody chose is left to the engine. Here torch is imported, after the name was found good."""
     entry = catalog.resolve(model)
-    entry.located()
+    if entry.path is None:
+        offer(entry)
+        entry = catalog.resolve(model)
+    usage.note(entry.located(), "used")
     prepare_kernels(chosen["quiet"])
     with console.working(f"opening {entry.name}…", chosen["quiet"]):
         from dsv4cli.engine import Engine

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsv4cli.console import in_bytes as in_bytes
 from dsv4cli.errors import CapacityError, UsageError
 
 DEFAULT_CONTEXT = 32768
@@ -89,16 +90,6 @@ def resident_bytes() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError, AttributeError):
         return 0
-
-
-def in_bytes(count: int) -> str:
-    """123456789 -> '123.5 MB'. Decimal units, as in the sizes of published files."""
-    size = float(count)
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def _from_meminfo(root: Path) -> int | None:

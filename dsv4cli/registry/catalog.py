@@ -1,6 +1,7 @@
 """From what the user calls a model to where it lies: `resolve`.
 
-MODEL may be a name from catalog.toml, a checkpoint folder, a .gguf file, or owner/repo on the Hugging Face hub. A name
+MODEL may be a name from catalog.toml, a checkpoint folder, a .gguf file, or owner/repo[@revision][:file-or-quant] on the
+Hugging Face hub. A name
 of the catalog wins over a folder of the same name in the current directory (write ./tiny for the folder). Nothing is
 downloaded: an entry whose `path` is None is known but not on this machine.
 """
@@ -26,7 +27,7 @@ else:
     import tomli as tomllib
 
 DEFAULT_RELEASE = "april"  # nothing inside a checkpoint marks its release; this is the first one
-OWNER_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+OWNER_REPO = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?(?::(?P<pick>[\w./-]+))?")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Entry:
     path      checkpoint folder or .gguf file; None when it is not here
     release   whose chat format it speaks: "april" or "0731"
     nbytes    tensor bytes of the published model; 0 where unknown. `shards` and `tensors` likewise
+    pick      of a repo with several GGUF files, the one that is meant: a file or a quantisation
+    asked     whether the user named the revision, so that no other will do
+    context   in tokens, where a manifest says it; `files` likewise: path, size and SHA-256
     """
 
     name: str
@@ -52,6 +56,10 @@ class Entry:
     tensors: int = 0
     nbytes: int = 0
     config_sha256: str | None = None
+    pick: str = ""
+    asked: bool = False
+    context: int = 0
+    files: tuple[tuple[str, int, str], ...] = ()
 
     def located(self) -> Path:
         """The path. Raises Dsv4Error if the model is not on this machine, saying where it was looked for."""
@@ -61,9 +69,9 @@ class Entry:
             folder = paths.bundled(self.name)
             raise Dsv4Error(f"The embedded model {self.name} is missing: there is no {folder}.", "Install dsv4 again.")
         what = f"{self.name} ({self.repo})" if self.repo != self.name else self.name
-        size = f"Its {self.shards} shards hold {self.nbytes / 1e9:.0f} GB. " if self.nbytes else ""
+        size = f" (its {self.shards} shards hold {self.nbytes / 1e9:.0f} GB)" if self.nbytes else ""
         raise Dsv4Error(f"{what} is not on this machine; looked in {paths.models()} and {paths.hub_cache()}.",
-                        f"{size}If you have it elsewhere, give the path of its folder or .gguf file as MODEL.")
+                        f"Fetch it with: dsv4 pull {self.name}{size}. Or give the path of its folder or .gguf file as MODEL.")
 
 
 def resolve(name: str) -> Entry:
@@ -75,10 +83,12 @@ def resolve(name: str) -> Entry:
     here = Path(name).expanduser()
     if _exists(here):
         return _at(here)
-    if _looks_like_path(name):
+    spec = OWNER_REPO.fullmatch(name)
+    if _looks_like_path(name) and not (spec and spec["pick"]):
         raise UsageError(f"There is no folder or file {name}.", "Give a checkpoint folder or a .gguf file.")
-    if OWNER_REPO.fullmatch(name):
-        named = Entry(name, repo=name, license="")
+    if spec:
+        named = Entry(name, repo=spec["repo"], revision=spec["revision"], asked=bool(spec["revision"]), pick=spec["pick"] or "",
+                      quant="gguf" if spec["pick"] else "official", license="")
         return _found(next((entry for entry in known.values() if entry.repo == name), named))
     raise UsageError(f"There is no model called {name}.", nearest(name, list(known)))
 
@@ -88,9 +98,17 @@ def names_model(word: str) -> bool:
     here = Path(word).expanduser()
     try:
         on_disk = (here / "config.json").exists() or (here.suffix == ".gguf" and here.exists())
-        return on_disk or word.lower() in catalog() or bool(OWNER_REPO.fullmatch(word) and store.hub_snapshot(word))
+        return on_disk or word.lower() in catalog() or _here_by_repo(word)
     except (OSError, ValueError):  # a long prompt is no file name
         return False
+
+
+def _here_by_repo(word: str) -> bool:
+    spec = OWNER_REPO.fullmatch(word)
+    if not spec:
+        return False
+    installed_so = any(manifest.name == word for manifest in store.manifests())
+    return installed_so or store.hub_snapshot(spec["repo"], spec["revision"], spec["pick"] or "") is not None
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -125,9 +143,12 @@ def _entry(name: str, fields: dict[str, Any]) -> Entry:
     return Entry(name, nbytes=fields.pop("bytes", 0), **fields)
 
 
-def _of_manifest(manifest: store.Manifest) -> Entry:
-    return Entry(manifest.name, manifest.path, manifest.repo, manifest.revision, manifest.release or DEFAULT_RELEASE,
-                 manifest.quant, manifest.license)
+def _of_manifest(manifest: store.Manifest, known: Entry | None = None) -> Entry:
+    """The entry of an installed model; what its manifest leaves open is as `known`."""
+    known = known or Entry(manifest.name, license="")
+    return replace(known, path=manifest.path, repo=manifest.repo or known.repo, revision=manifest.revision or known.revision,
+                   release=manifest.release or known.release, quant=manifest.quant, license=manifest.license or known.license,
+                   context=manifest.context, files=manifest.files)
 
 
 def _found(entry: Entry) -> Entry:
@@ -137,8 +158,9 @@ def _found(entry: Entry) -> Entry:
         return replace(entry, path=folder if (folder / "config.json").exists() else None)
     for manifest in store.manifests():
         if manifest.name == entry.name:
-            return replace(entry, path=manifest.path, revision=manifest.revision or entry.revision)
-    if entry.repo and (snapshot := store.hub_snapshot(entry.repo, entry.revision)):
+            return _of_manifest(manifest, entry)
+    snapshot = store.hub_snapshot(entry.repo, entry.revision, entry.pick) if entry.repo else None
+    if snapshot and (not entry.asked or store.commit_of(snapshot) == entry.revision):
         return replace(entry, path=snapshot, revision=store.commit_of(snapshot))
     return entry
 
@@ -152,14 +174,19 @@ def _at(path: Path) -> Entry:
                          "Give the folder that holds config.json and the .safetensors files, or a .gguf file.")
     if path.is_file() and path.suffix != ".gguf":
         raise UsageError(f"{path} is neither a checkpoint folder nor a .gguf file.", "Give one of the two.")
-    digest = _sha256(config) if config.exists() else None
-    twin = next((entry for entry in catalog().values() if digest and entry.config_sha256 == digest), None)
+    twin = published(config) if config.exists() else None
     if path == paths.bundled("tiny").resolve():
         twin = catalog()["tiny"]
     if twin:
         return replace(twin, path=path)
     gguf = path.suffix == ".gguf"
     return Entry(path.stem if gguf else path.name, path, quant="gguf" if gguf else "official", license="")
+
+
+def published(config: Path) -> Entry | None:
+    """The known model whose config.json this is."""
+    digest = _sha256(config)
+    return next((entry for entry in catalog().values() if entry.config_sha256 == digest), None)
 
 
 def _sha256(file: Path) -> str:

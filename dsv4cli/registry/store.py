@@ -10,18 +10,26 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from dsv4cli import paths
 from dsv4cli.errors import UsageError
 
 MANIFEST = "manifest.json"
+INCOMING = "incoming"  # in the models folder: models on their way in
+KEYS = ("repo", "revision", "release", "quant", "license", "context")
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.(safetensors|gguf)$")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished model folder says about itself. A folder without one does not count as a model."""
+    """What a finished model folder says about itself. A folder without one does not count as a model.
+
+    context   the longest that the model was made for, in tokens; 0 where nobody wrote it down
+    files     path -> (size, SHA-256) of everything that was fetched; empty for a model that was put there by hand
+    """
 
     name: str
     path: Path
@@ -30,6 +38,25 @@ class Manifest:
     release: str | None = None
     quant: str = "official"
     license: str = ""
+    context: int = 0
+    files: tuple[tuple[str, int, str], ...] = ()
+
+    @property
+    def root(self) -> Path:
+        """The model's folder in the models folder; `path` may be a GGUF inside it."""
+        return paths.models() / self.path.relative_to(paths.models()).parts[0]
+
+
+def folder_name(name: str) -> str:
+    """The folder of a model called `name`, in the models folder."""
+    return name.replace("/", "--").replace(":", "+")
+
+
+def unfinished() -> Iterator[Path]:
+    """Folders of models on their way in."""
+    for folder in sorted((paths.models() / INCOMING).glob("*")):
+        if folder.is_dir() and not folder.name.endswith((".old", ".repair", ".gone")):
+            yield folder
 
 
 def manifests() -> Iterator[Manifest]:
@@ -38,24 +65,25 @@ def manifests() -> Iterator[Manifest]:
     for file in sorted(folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else ():
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
-            known = {key: fields[key] for key in ("repo", "revision", "release", "quant", "license") if fields.get(key)}
+            known: dict[str, Any] = {key: fields[key] for key in KEYS if fields.get(key)}
+            known["files"] = tuple((entry["path"], entry["size"], entry["sha256"]) for entry in fields.get("files", ()))
             yield Manifest(str(fields.get("name") or file.parent.name), file.parent / fields.get("file", ""), **known)
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, ValueError, AttributeError, TypeError, KeyError):
             continue
 
 
-def hub_snapshot(repo: str, revision: str | None = None) -> Path | None:
+def hub_snapshot(repo: str, revision: str | None = None, pick: str = "") -> Path | None:
     """The checkpoint folder or .gguf of owner/repo in the hub's cache: the wanted commit, else main's, else the newest.
 
-    Raises UsageError if the snapshot holds several GGUF files and nothing says which.
+    `pick` names a GGUF among several, as for `ggufs`; without it, UsageError is raised for several.
     """
     folder = paths.hub_cache() / f"models--{repo.replace('/', '--')}"
     wanted = [folder / "snapshots" / commit for commit in (revision, _main(folder)) if commit]
     others = sorted(folder.glob("snapshots/*"), key=lambda path: path.stat().st_mtime, reverse=True)
     for snapshot in (*wanted, *others):
-        if (snapshot / "config.json").exists() and complete(snapshot):
+        if not pick and (snapshot / "config.json").exists() and complete(snapshot):
             return snapshot
-        if model := _gguf(snapshot, repo):
+        if model := _gguf(snapshot, repo, pick):
             return model
     return None
 
@@ -87,10 +115,42 @@ def _main(folder: Path) -> str | None:
     return ref.read_text(encoding="utf-8").strip() if ref.is_file() else None
 
 
-def _gguf(snapshot: Path, repo: str) -> Path | None:
-    files = [(file, PART.search(file.name)) for file in sorted(snapshot.glob("*.gguf"))]
-    first = [file for file, part in files if not part or part[1] == "00001"]
+def ggufs(names: list[str], pick: str = "") -> list[str]:
+    """Of file names, the GGUF models (of a split one its first part) that `pick` means: a file, or a quantisation in it."""
+    first = [name for name in sorted(names) if name.endswith(".gguf") and (not (part := PART.search(name)) or part[1] == "00001")]
+    if not pick:
+        return first
+    exact = [name for name in first if pick in (name, name.rpartition("/")[2], PART.sub(r".gguf", name))]
+    for inner in ("a-z0-9_", "a-z0-9"):  # q4_k is Q4_K, and where there is none, Q4_K_M
+        word = re.compile(rf"(?<![a-z0-9]){re.escape(pick.lower())}(?![{inner}])")
+        exact = exact or [name for name in first if word.search(name.lower())]
+    return exact
+
+
+def parts_of(name: str, names: list[str]) -> list[str]:
+    """All parts of the GGUF model whose (first) file is `name`."""
+    match = PART.search(name)
+    if not match:
+        return [name]
+    pattern = re.compile(rf"{re.escape(name[: match.start()])}-\d{{5}}-of-{match[2]}\.gguf")
+    return [other for other in sorted(names) if pattern.fullmatch(other)]
+
+
+def one_gguf(repo: str, names: list[str], pick: str, where: str) -> str | None:
+    """The single GGUF model that is meant, or None without any. Raises UsageError for several, or none like `pick`."""
+    all_models, first = ggufs(names), ggufs(names, pick)
     if len(first) > 1:
-        raise UsageError(f"{repo} holds {len(first)} models: {', '.join(file.name for file in first)}.",
-                         f"Give the path of one of them; they are in {snapshot}.")
+        raise UsageError(f"{repo} holds {len(first)} models: {', '.join(first)}.", where)
+    if pick and all_models and not first:
+        close = get_close_matches(pick.lower(), [name.lower() for name in all_models], n=3, cutoff=0.1)
+        nearest = [name for name in all_models if name.lower() in close] or all_models
+        raise UsageError(f"{repo} holds no {pick}.", f"It holds {', '.join(nearest)}.")
     return first[0] if first else None
+
+
+def _gguf(snapshot: Path, repo: str, pick: str) -> Path | None:
+    names = [file.name for file in snapshot.glob("*.gguf")]
+    if pick and not ggufs(names, pick):
+        return None
+    first = one_gguf(repo, names, pick, f"Give the path of one of them; they are in {snapshot}.")
+    return snapshot / first if first else None

@@ -59,7 +59,7 @@ def test_a_known_model_that_is_not_here_says_where_it_was_looked_for() -> None:
     assert failure.value.exit_code == 1
     assert str(paths.models()) in failure.value.message
     assert "46 shards hold 160 GB" in failure.value.hint
-    assert "pull" not in failure.value.hint  # there is no such command yet
+    assert "dsv4 pull flash" in failure.value.hint
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("flsh", "flash"), ("flash@0713", "flash@0731"), ("tyni", "tiny")])
@@ -188,3 +188,25 @@ def test_size_counts_all_parts(tmp_path: Path) -> None:
     (tmp_path / "q-other.gguf").write_bytes(b"1234")
     assert store.size(tmp_path / "q-00001-of-00002.gguf") == 8
     assert store.size(tmp_path / "q-other.gguf") == 4
+
+
+def test_a_gguf_of_a_repo_and_a_revision_can_be_named() -> None:
+    entry = catalog.resolve("a/b@v2:Q4_K_M")
+    assert (entry.repo, entry.revision, entry.pick, entry.asked, entry.path) == ("a/b", "v2", "Q4_K_M", True, None)
+    assert catalog.resolve("a/b:x-Q8_0.gguf").pick == "x-Q8_0.gguf"
+    in_hub("a/b", "c" * 40)
+    assert catalog.resolve("a/b@" + "d" * 40).path is None  # another revision will not do
+    assert catalog.resolve("a/b@" + "c" * 40).path is not None
+
+
+@pytest.mark.parametrize(("pick", "found"), [
+    ("q4_k_m", ["m-Q4_K_M.gguf"]), ("Q4_K", ["m-Q4_K_M.gguf"]), ("q4", ["m-Q4_K_M.gguf"]), ("4", []),
+    ("q8_0", ["m-Q8_0-00001-of-00003.gguf"]),
+    ("m-Q8_0.gguf", ["m-Q8_0-00001-of-00003.gguf"]),
+    ("m-Q4_K_M.gguf", ["m-Q4_K_M.gguf"]), ("m", ["m-Q4_K_M.gguf", "m-Q8_0-00001-of-00003.gguf"])])
+def test_ggufs_are_found_by_file_and_by_quantisation(pick: str, found: list[str]) -> None:
+    names = ["m-Q4_K_M.gguf", *(f"m-Q8_0-0000{part}-of-00003.gguf" for part in (1, 2, 3)), "config.json"]
+    assert store.ggufs(names, pick) == found
+    assert store.ggufs([*names, "m-Q4_K.gguf"], "q4_k") == ["m-Q4_K.gguf"]
+    assert store.parts_of("m-Q8_0-00001-of-00003.gguf", names) == names[1:4]
+    assert store.parts_of("m-Q4_K_M.gguf", names) == names[:1]

@@ -21,7 +21,7 @@ from dsv4_quant.files.info import DAMAGED, TensorInfo
 
 LARGEST_JSON = 100_000_000  # bytes; the index of the largest release has 15 million
 
-__all__ = ["Header", "TensorInfo", "read_header"]
+__all__ = ["Header", "TensorInfo", "check_file", "read_header"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,17 @@ def read_header(path: str | Path) -> Header:
         raise CorruptFile(
             f"{error.filename or path} cannot be read: {error.strerror}.", "Check its permissions."
         ) from None
+
+
+def check_file(path: Path, name: str) -> None:
+    """Parses the header of one file of a model, which is called `name` when it is finished: config.json, a .safetensors, a
+    .gguf. Others are left alone. Raises CorruptFile and UnsupportedModel."""
+    if name == "config.json":
+        ModelConfig.from_dict(_json(path), name)
+    elif name.endswith(".safetensors"):
+        safetensors_header.read(path)
+    elif name.endswith(".gguf"):
+        gguf_header.read(path)
 
 
 def _official(folder: Path) -> Header:
