@@ -96,7 +96,7 @@ def llamacpp(path: str, ids: Tensor, threads: int, vocab: int) -> Tensor:
     wanted.numbers[_Parameters.N_CTX] = len(ids) + 8
     wanted.numbers[_Parameters.N_THREADS] = [threads, threads]
     context = library.llama_init_from_model(ctypes.c_void_p(model), wanted)
-    assert model and context, f"llama.cpp does not load {path}"
+    assert context, f"llama.cpp does not load {path}"
     batch = library.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
     for place, token in enumerate(ids.tolist()):
