@@ -60,3 +60,21 @@ def test_the_slice_of_flash_is_made_and_killed(tmp_path: Path, monkeypatch: pyte
     assert 50e6 < done.memory < flash.MOST_MEMORY
     assert read_header(output).tensors["blk.2.ffn_down_exps.weight"].dtype == "q8_0"
     assert len(flash.digest(output)) == 64
+
+
+def quantize(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks/quantize.py"), *arguments, "--rows", "4", "--rounds", "1"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment())
+
+
+def test_rates_and_errors_of_the_encoders(tmp_path: Path) -> None:
+    done = quantize("q4_k", "f16", "--llama", "wheel", "--out", str(tmp_path / "formats.csv"))
+    assert done.returncode == 0, done.stderr
+    q4_k, f16 = csv.DictReader((tmp_path / "formats.csv").read_text().splitlines())
+    assert (q4_k["format"], q4_k["bits"], f16["bits"]) == ("q4_k", "4.5", "16.0")
+    assert 0.004 < float(q4_k["error"]) < float(q4_k["llama_error"]) < 0.006
+    assert float(f16["error"]) == float(f16["llama_error"])
+    assert min(float(q4_k[key]) for key in ("one_thread", "two_threads", "llama_rate")) > 0
+    unknown = quantize("q9_k")
+    assert unknown.returncode == 2
+    assert "nothing is written as q9_k" in unknown.stderr

@@ -21,7 +21,7 @@ from tests.support import llama_quantize
 SEARCHED = ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_xs", "mxfp4")
 NAMES = ("q8_0", *SEARCHED)
 # Of llama.cpp's error on Gaussian rows, measured here, and a half per cent to spare.
-OF_LLAMA = {"q6_k": 0.925, "q5_k": 0.95, "q4_k": 0.973, "q3_k": 0.988, "q2_k": 0.936, "iq4_xs": 0.953, "mxfp4": 0.957}
+OF_LLAMA = {"q6_k": 0.935, "q5_k": 0.95, "q4_k": 0.973, "q3_k": 0.988, "q2_k": 0.936, "iq4_xs": 0.953, "mxfp4": 0.957}
 TINY = Path(__file__).parents[2] / "dsv4cli/assets/tiny"
 
 
@@ -124,7 +124,8 @@ def test_important_columns_are_nearer(name: str) -> None:
 def test_fp4_stays_exact_in_mxfp4() -> None:
     random = torch.Generator().manual_seed(4)
     codes = torch.randint(0, 256, (64, 256), generator=random, dtype=torch.uint8)
-    scales = torch.randint(10, 240, (64, 16), generator=random, dtype=torch.uint8)
+    scales = torch.randint(0, 60, (64, 16), generator=random, dtype=torch.uint8)
+    scales += torch.randint(10, 180, (64, 1), generator=random, dtype=torch.uint8)
     rows = fp4.decode(codes, scales)
     assert torch.equal(decode("mxfp4", encode("mxfp4", rows, importance()[:512])), rows)
 
@@ -192,7 +193,7 @@ def test_a_row_does_not_depend_on_the_others(name: str) -> None:
     together = encode(name, rows, weights)
     assert torch.equal(encode(name, rows[5:6], weights), together[5:6])
     assert torch.equal(encode(name, rows[3:10], weights.expand(7, -1)), together[3:10])
-    assert torch.equal(encode(name, rows.repeat(3, 1), weights), together.repeat(3, 1))  # a second, shorter piece
+    assert torch.equal(encode(name, rows.repeat(6, 1), weights), together.repeat(6, 1))  # a second, shorter piece
     assert torch.equal(encode(name, rows.half()[:2], weights), encode(name, rows.half().float()[:2], weights))
     assert encode(name, rows[:0], weights).shape == (0, together.shape[1])
 
@@ -202,6 +203,7 @@ def test_threads_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     rows, weights, threads = sample("heavy"), importance(), torch.get_num_threads()
     alone = encode(name, rows, weights)
     monkeypatch.setattr(search, "PIECE_CPU", 3 * 4096)
+    monkeypatch.setattr(search, "LIGHT_PIECE_CPU", 3 * 4096)
     assert torch.equal(encode(name, rows, weights), alone)
     monkeypatch.undo()
     torch.set_num_threads(3)

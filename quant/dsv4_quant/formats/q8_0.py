@@ -22,7 +22,7 @@ def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
 def encode(rows: Tensor, importance: Tensor | None = None) -> Tensor:
     """uint8 [n, columns / 32 * 34] of float rows [n, columns], columns a multiple of 32: d = largest / 127, halves away
     from zero. The importance changes nothing: what eight bits lose is the same wherever it is lost."""
-    return by_pieces(rows, BLOCK, BLOCK_BYTES, _encode)
+    return by_pieces(rows, BLOCK, BLOCK_BYTES, _encode, light=True)
 
 
 def _encode(blocks: Tensor, row: int) -> Tensor:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PIECE_CPU, PIECE_GPU = 1 << 18, 1 << 21  # weights at a time: enough to hide what a call costs, few enough for the caches
+# Weights at a time. A search makes hundreds of calls for each piece, which must be worth their cost (and, with several
+# threads, the wait for Python's lock); where little is computed, the nearer cache counts for more.
+PIECE_CPU, LIGHT_PIECE_CPU, PIECE_GPU = 1 << 19, 1 << 17, 1 << 21
 LARGEST_HALF = 65504.0
 LEAST_WEIGHT = 1e-6  # of a block's largest: an element of no importance still prefers to be near
 
@@ -52,36 +54,38 @@ class Piece:
 
     def half(self, step: Tensor) -> Tensor:
         """float16 of a step per block, in the units of the rows; what is too large becomes the largest."""
-        return _times_power(step, self.exponent).clamp_(-LARGEST_HALF, LARGEST_HALF).half()
+        return (step * power_of_two(self.exponent)).clamp_(-LARGEST_HALF, LARGEST_HALF).half()
 
     def as_stored(self, step: Tensor) -> Tensor:
         """float32: a step as it is after it was stored as a half."""
-        return _times_power(self.half(step).float(), -self.exponent)
+        return self.half(step).float() * power_of_two(-self.exponent)
 
 
-def by_pieces(rows: Tensor, block: int, block_bytes: int, encode: Callable[[Tensor, int], Tensor]) -> Tensor:
+def by_pieces(rows: Tensor, block: int, block_bytes: int, encode: Callable[[Tensor, int], Tensor],
+              light: bool = False) -> Tensor:
     """uint8 [n, columns / block * block_bytes] of float rows [n, columns], some rows at a time.
 
     `encode` gets float32 blocks [b, block] and the number of the first row, and gives uint8 [b, block_bytes].
-    ValueError if the columns are no multiple of the block.
+    `light`: it computes little. ValueError if the columns are no multiple of the block.
     """
     count, columns = rows.shape
     _demand_blocks(columns, block)
     stored = torch.empty(count, columns // block * block_bytes, dtype=torch.uint8, device=rows.device)
-    step = _rows_at_a_time(rows)
+    step = _rows_at_a_time(rows, light)
     for row in range(0, count, step):
         found = encode(rows[row : row + step].float().reshape(-1, block), row)
         stored[row : row + step] = found.view(-1, stored.shape[1])
     return stored
 
 
-def _rows_at_a_time(rows: Tensor) -> int:
+def _rows_at_a_time(rows: Tensor, light: bool) -> int:
     """How many rows make a piece."""
-    return max(1, (PIECE_CPU if rows.device.type == "cpu" else PIECE_GPU) // max(1, rows.shape[1]))
+    on_cpu = LIGHT_PIECE_CPU if light else PIECE_CPU
+    return max(1, (on_cpu if rows.device.type == "cpu" else PIECE_GPU) // max(1, rows.shape[1]))
 
 
 def search_pieces(rows: Tensor, importance: Tensor | None, block: int, block_bytes: int, size: int,
-                  encode: Callable[[Piece], Tensor]) -> Tensor:
+                  encode: Callable[[Piece], Tensor], light: bool = False) -> Tensor:
     """As by_pieces, for an encoder of pieces with sub-blocks of `size`.
 
     importance: [columns], [n, columns], or None where all count alike. ValueError if it has another shape.
@@ -92,7 +96,7 @@ def search_pieces(rows: Tensor, importance: Tensor | None, block: int, block_byt
         importance = torch.ones(columns, device=rows.device)
     if importance.shape not in ((columns,), (count, columns)):
         raise ValueError(f"Importance of shape {tuple(importance.shape)} for rows of shape {tuple(rows.shape)}.")
-    step = min(count, _rows_at_a_time(rows))
+    step = min(count, _rows_at_a_time(rows, light))
     shared = _weights(importance.expand(step, columns), block, size) if importance.dim() == 1 else None
     scratch = Scratch()
 
@@ -104,7 +108,7 @@ def search_pieces(rows: Tensor, importance: Tensor | None, block: int, block_byt
         scratch.give_back()
         return encode(_lay_out(blocks, weight, size, scratch))
 
-    return by_pieces(rows, block, block_bytes, encode_blocks)
+    return by_pieces(rows, block, block_bytes, encode_blocks, light)
 
 
 def _demand_blocks(columns: int, block: int) -> None:
@@ -123,7 +127,7 @@ def _lay_out(blocks: Tensor, weight: Tensor, size: int, scratch: Scratch) -> Pie
     x = _turn(blocks, size, scratch)
     largest = torch.maximum(x.amax((0, 1)), -x.amin((0, 1)))
     exponent = torch.frexp(largest).exponent.clamp_(-126, 126)
-    return Piece(x.mul_(_times_power(torch.ones_like(largest), -exponent)), weight, exponent, scratch)
+    return Piece(x.mul_(power_of_two(-exponent)), weight, exponent, scratch)
 
 
 def _turn(blocks: Tensor, size: int, scratch: Scratch) -> Tensor:
@@ -132,9 +136,9 @@ def _turn(blocks: Tensor, size: int, scratch: Scratch) -> Tensor:
     return scratch.take(turned).copy_(turned)
 
 
-def _times_power(numbers: Tensor, exponent: Tensor) -> Tensor:
-    """numbers * 2^exponent for exponents within -126..126."""
-    return numbers * ((exponent + 127).to(torch.int32) << 23).view(torch.float32)
+def power_of_two(exponent: Tensor) -> Tensor:
+    """float32 2^exponent for exponents within -126..127."""
+    return ((exponent + 127).to(torch.int32) << 23).view(torch.float32)
 
 
 def total(terms: Tensor) -> Tensor:
