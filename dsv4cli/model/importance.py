@@ -75,7 +75,7 @@ class Collector:
         elif door == "shared_expert":
             self._shared_expert(*given)
         elif door == "routed_experts":
-            self._routed(*given)
+            self._routed(*given[:5])
 
     def _met(self, name: str | None, x: Tensor) -> None:
         if name is not None:
