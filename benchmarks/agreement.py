@@ -12,7 +12,6 @@ computed from the same weights (transformers, say), to be measured too. The GGUF
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rows import append
 from torch import Tensor
 
 PIECE = 64  # tokens whose distributions are compared at once
@@ -169,12 +169,7 @@ def main() -> None:
     for row in rows:
         print(f"| {row.file} | {row.runner} | {row.reference} | {row.mean_kl:.2e} | {row.greatest_kl:.2e} | {row.top1:.1%} |")
     if options.out:
-        known = options.out.exists()
-        with options.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-            if not known:
-                writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
+        append(options.out, [field.name for field in fields(Row)], map(asdict, rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ tokenizer (llama.cpp's server stops without one); tokens are random numbers. Med
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import platform
 import random
@@ -21,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from rows import append
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = ("file", "depth", "prompt", "gen", "threads", "dsv4_prompt", "rival_prompt", "prompt_ratio", "dsv4_decode",
@@ -141,12 +142,7 @@ def main() -> None:
     rows = [compare(options, model, int(depth)) for model in options.models for depth in options.depth.split(",")]
     show(rows)
     if options.out:
-        fresh = not Path(options.out).exists()
-        with open(options.out, "a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if fresh:
-                writer.writeheader()
-            writer.writerows(rows)
+        append(options.out, FIELDS, rows)
 
 
 if __name__ == "__main__":

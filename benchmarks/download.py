@@ -8,7 +8,6 @@ fsync), `hub` is huggingface_hub's own download, which compares lengths only. `h
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -21,11 +20,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from rows import append
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "test/model"
 WAYS = ("copy", "pull", "hub", "hash")
+FIELDS = ("way", "mb", "shards", "workers", "seconds", "cpu_seconds", "cores", "python")
 MB = 1_000_000
 
 
@@ -40,7 +43,7 @@ def main() -> None:
         rows = rounds(folder, Path(scratch), arguments)
     table(rows, arguments)
     if arguments.out:
-        append(rows, arguments)
+        append(arguments.out, FIELDS, named(rows, arguments))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -167,16 +170,12 @@ def table(rows: dict[str, list[dict[str, float]]], arguments: argparse.Namespace
               f"{cpu / base['cpu']:.2f} |")
 
 
-def append(rows: dict[str, list[dict[str, float]]], arguments: argparse.Namespace) -> None:
-    new = not arguments.out.exists()
-    with arguments.out.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(("way", "mb", "shards", "workers", "seconds", "cpu_seconds", "cores", "python"))
-        for way, runs in rows.items():
-            for run in runs:
-                writer.writerow((way, arguments.mb, arguments.shards, arguments.workers, f"{run['seconds']:.3f}",
-                                 f"{run['cpu']:.3f}", os.cpu_count(), platform.python_version()))
+def named(rows: dict[str, list[dict[str, float]]], arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """A row of FIELDS for each run."""
+    for way, runs in rows.items():
+        for run in runs:
+            yield dict(zip(FIELDS, (way, arguments.mb, arguments.shards, arguments.workers, f"{run['seconds']:.3f}",
+                                    f"{run['cpu']:.3f}", os.cpu_count(), platform.python_version()), strict=True))
 
 
 if __name__ == "__main__":

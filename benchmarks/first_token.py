@@ -11,7 +11,6 @@ that nobody counts brings the file into the page cache. The model needs a tokeni
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -21,6 +20,8 @@ from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
 from statistics import median
+
+from rows import append
 
 QUESTION = "What is the capital of France?"
 PAUSE = 0.005  # seconds between two looks at the memory
@@ -106,12 +107,7 @@ def main() -> None:
         show(model, runs)
         seen += runs
     if options.out:
-        fresh = not Path(options.out).exists()
-        with open(options.out, "a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Run)])
-            if fresh:
-                writer.writeheader()
-            writer.writerows(asdict(run) for run in seen)
+        append(options.out, [field.name for field in fields(Run)], map(asdict, seen))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ sum of weighted squared errors relative to that of the rows. `--llama` names a s
 from __future__ import annotations
 
 import argparse
-import csv
 import ctypes
 import importlib.util
 import time
@@ -23,6 +22,7 @@ from typing import Any
 import gguf
 import torch
 from cpu import machine
+from rows import append
 from torch import Tensor
 
 from dsv4_quant.formats import FORMATS
@@ -116,15 +116,6 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
-def save(path: str, rows: list[dict[str, Any]]) -> None:
-    fresh, facts = not Path(path).exists(), machine()
-    with open(path, "a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if fresh:
-            writer.writeheader()
-        writer.writerows({**row, **facts} for row in rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     written = [name for name, fmt in FORMATS.items() if fmt.encode is not None and name != "f32"]
@@ -143,7 +134,8 @@ def main() -> None:
     rows = [measure(options, name) for name in options.formats or written]
     show(rows)
     if options.out:
-        save(options.out, rows)
+        facts = machine()
+        append(options.out, FIELDS, ({**row, **facts} for row in rows))
 
 
 if __name__ == "__main__":

@@ -29,8 +29,6 @@ COMMANDS = {  # where it is, and the first paragraph of its help: neither is imp
     "list": ("dsv4cli.commands.list:list_models", "List the models on this machine (short: ls)."),
     "show": ("dsv4cli.commands.show:show", "Show a model: architecture, tensors by role, context, license."),
     "quantize": ("dsv4cli.commands.quantize:quantize", "Make a smaller GGUF of a model, for dsv4 and llama.cpp."),
-
-
     "pull": ("dsv4cli.commands.pull:pull", "Fetch a model from the Hugging Face hub."),
     "verify": ("dsv4cli.commands.verify:verify", "Hash the files of a model again, and compare with what was published."),
     "rm": ("dsv4cli.commands.rm:rm", "Remove models, finished or half fetched, and say how much that frees."),

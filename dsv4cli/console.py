@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dsv4cli.errors import UsageError
+from dsv4cli.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -130,6 +131,16 @@ def progress(quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(console=err(), transient=True) as bar:
         task = bar.add_task("computing", total=None)
         yield lambda done, whole: bar.update(task, completed=done, total=whole)
+
+
+@contextmanager
+def resumable(path: Path) -> Iterator[None]:
+    """Around work on `path` that the same command goes on with: turns Ctrl-C into Interrupted, having said so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(f"Stopped. The same command goes on with {path}.")
+        raise Interrupted("Stopped.") from None
 
 
 def stdin_lines() -> Iterator[str]:

@@ -11,7 +11,7 @@ from dsv4cli.encoding.template import render
 from dsv4cli.engine import Engine, Sampling
 from dsv4cli.registry import catalog
 from tests.support.gguf_writer import Kind, write
-from tests.support.llamacpp import LlamaCpp
+from tests.support.llamacpp import LlamaCpp, greedy
 
 COUNT = 48
 QUESTIONS = [
@@ -39,20 +39,11 @@ def llama(tiny_gguf: Path) -> LlamaCpp:
     return LlamaCpp(tiny_gguf)
 
 
-def greedy(engine: Engine, ids: list[int]) -> str:
-    session, said = engine.session(), []
-    logits = session.sync(ids)
-    while len(said) < COUNT and (token := int(logits.argmax())) not in engine.tokenizer.stop_ids:
-        said.append(token)
-        logits = session.step(token)
-    return engine.tokenizer.decode(said)
-
-
 @pytest.mark.parametrize("thinking", [False, True], ids=["off", "high"])
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_both_say_the_same(engine: Engine, llama: LlamaCpp, question: str, thinking: bool) -> None:
     ids = engine.tokenizer.encode(render([{"role": "user", "content": question}], thinking=thinking, release="april"))
-    ours = greedy(engine, ids)
+    ours = greedy(engine, ids, COUNT)
     assert ours
     assert llama.greedy(ids, COUNT) == ours
 

@@ -22,7 +22,7 @@ from dsv4cli.encoding.template import render
 from dsv4cli.engine import Engine
 from dsv4cli.registry import catalog
 from tests.support.gguf_writer import as_converted, as_ds4_in_four_bits, as_ds4_in_two_bits, ds4_keys, write
-from tests.support.llamacpp import LlamaCpp
+from tests.support.llamacpp import LlamaCpp, greedy
 from tests.support.synth import Checkpoint, Shape
 
 COUNT = 40
@@ -50,21 +50,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Written:
         catalog.resolve("tiny").located(), folder / f"{stages}-{name}.gguf", name, stages=stages))
 
 
-def greedy(engine: Engine, ids: list[int]) -> str:
-    session, said = engine.session(), []
-    logits = session.sync(ids)
-    while len(said) < COUNT and (token := int(logits.argmax())) not in engine.tokenizer.stop_ids:
-        said.append(token)
-        logits = session.step(token)
-    return engine.tokenizer.decode(said)
-
-
 @pytest.mark.parametrize("name", recipe.RECIPES)
 def test_llamacpp_and_we_say_the_same(name: str, tiny: Written) -> None:
     engine, llama = Engine.open(tiny(name), numerics="plain", release="april"), LlamaCpp(tiny(name))
     for question in QUESTIONS:
         ids = engine.tokenizer.encode(render([{"role": "user", "content": question}], thinking=False, release="april"))
-        ours = greedy(engine, ids)
+        ours = greedy(engine, ids, COUNT)
         assert ours
         assert llama.greedy(ids, COUNT) == ours, question
 

@@ -60,10 +60,8 @@ def depths_of(text: str) -> list[int]:
 
 
 def _in_words(row: Row) -> list[str]:
-    from dsv4cli.engine.memory import in_bytes
-
     reached = row.decode_tok_s / row.bound_tok_s if row.decode_tok_s and row.bound_tok_s else None
-    return [f"{row.depth:,}", _rate(row.prompt_tok_s), _rate(row.decode_tok_s), in_bytes(row.bytes_per_token),
+    return [f"{row.depth:,}", _rate(row.prompt_tok_s), _rate(row.decode_tok_s), console.in_bytes(row.bytes_per_token),
             f"{row.bandwidth_gb_s:.1f} GB/s" if row.bandwidth_gb_s else "-", _rate(row.bound_tok_s),
             f"{reached:.0%}" if reached else "-"]
 

@@ -59,17 +59,15 @@ def backends() -> Section:
 
 
 def _in_words(value: Any) -> str:
-    from dsv4cli.engine.memory import in_bytes
-
     match value:
         case {"value": found, "origin": origin}:
             return f"{'not set' if found is None else _word(found)}  ({origin})"
         case {"backend": name, "reason": reason}:
             return f"{name}: {reason}"
         case {"path": path, "free": free}:
-            return f"{path}  ({in_bytes(free)} free)"
+            return f"{path}  ({console.in_bytes(free)} free)"
         case {"bytes": size}:
-            return "unknown" if size is None else in_bytes(size)
+            return "unknown" if size is None else console.in_bytes(size)
     return _word(value)
 
 

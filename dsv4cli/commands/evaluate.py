@@ -11,7 +11,7 @@ import typer
 
 from dsv4cli import console
 from dsv4cli.commands import light
-from dsv4cli.commands.arguments import Json, Model
+from dsv4cli.commands.arguments import Json, Model, demand_folder_of
 from dsv4cli.commands.options import OPENING, with_settings
 from dsv4cli.errors import UsageError
 from dsv4cli.settings import Settings
@@ -36,9 +36,7 @@ def logits(
 ) -> None:
     """Write the logits after each of the given token ids."""
     tokens = ids_of(text_of(ids), ids)
-    if not out.absolute().parent.is_dir():
-        raise UsageError(f"There is no folder {out.absolute().parent} for {out.name}.",
-                         "Create it, or choose another --out.")
+    demand_folder_of(out, "--out")
     from dsv4cli.commands.opening import open_engine
     from dsv4cli.engine import evaluate
 
@@ -94,13 +92,11 @@ def kld(
     """
     words = text_of(text) if text is not None else None
     from dsv4cli.commands.opening import open_engine
-    from dsv4cli.engine import divergence, quality
+    from dsv4cli.engine import quality
 
     ours, theirs = open_engine(model, chosen), open_engine(reference, chosen)
-    ids = divergence.encoded(ours, theirs, quality.evaluation_text() if words is None else words)
-    lengths = divergence.windows_for(chosen["ctx"] or min(quality.LONG, ours.ctx, theirs.ctx), len(ids))
     with console.progress(chosen["quiet"]) as report:
-        rows = [divergence.compare(ours, theirs, ids, window, progress=report) for window in lengths]
+        rows = quality.compared(ours, theirs, text=words, ctx=chosen["ctx"], progress=report)
     if json:
         console.print_json({"model": ours.name, "reference": theirs.name, "text": text or "dsv4",
                             "contexts": [asdict(row) for row in rows]})

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from dsv4cli import console
-from dsv4cli.commands.arguments import Json, Model
+from dsv4cli.commands.arguments import Json, Model, demand_folder_of
 from dsv4cli.commands.options import OPENING, with_settings
-from dsv4cli.errors import Interrupted, UsageError
+from dsv4cli.errors import UsageError
 from dsv4cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,9 +35,7 @@ def imatrix(
     A text runs through the model in timelines of --ctx tokens (1024 unless given). Routed experts are told apart; those that no
     token came to are named. Stopped in any way, the same command goes on where it was. llama.cpp reads the file as well.
     """
-    if not out.expanduser().absolute().parent.is_dir():
-        raise UsageError(f"There is no folder {out.absolute().parent} for {out.name}.",
-                         "Create it, or choose another --out.")
+    demand_folder_of(out.expanduser(), "--out")
     if out.is_dir():
         raise UsageError(f"{out} is a folder.", f"Name a file in it: -o {out / 'model.imatrix.gguf'}")
     from dsv4cli.commands.evaluate import text_of
@@ -64,12 +62,8 @@ def _collected(engine: Engine, words: str | None, name: str | None, out: Path, c
     else:
         ids = engine.tokenizer.encode_text(words)
         samples, dataset = list(importance.in_windows(ids, engine.config.bos_token_id, window)), Path(name or "").name
-    try:
-        with console.progress(chosen["quiet"]) as report:
-            return importance.collect(engine, samples, out, dataset=dataset, window=window, progress=report)
-    except KeyboardInterrupt:
-        console.note(f"Stopped. The same command goes on with {out}.")
-        raise Interrupted("Stopped.") from None
+    with console.resumable(out), console.progress(chosen["quiet"]) as report:
+        return importance.collect(engine, samples, out, dataset=dataset, window=window, progress=report)
 
 
 def _print_words(found: Collected, out: Path) -> None:

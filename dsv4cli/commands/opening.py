@@ -45,15 +45,13 @@ def prepare_kernels(quiet: bool) -> None:
 
 def facts(engine: Engine) -> list[tuple[str, str]]:
     """What a user wants to know before the first question, as names and values."""
-    from dsv4cli.engine.memory import in_bytes
-
     plan = engine.plan
-    available = f" of {in_bytes(plan.available)} available" if plan.available is not None else ""
+    available = f" of {console.in_bytes(plan.available)} available" if plan.available is not None else ""
     return [
         ("model", engine.name),
         ("release", engine.release),
         ("context", f"{plan.context:,} tokens"),
-        ("memory", f"{in_bytes(plan.needed)}{available}"),
+        ("memory", f"{console.in_bytes(plan.needed)}{available}"),
         ("numerics", engine.numerics),
         ("backend", backends(engine)),
     ]

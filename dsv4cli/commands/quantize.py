@@ -11,9 +11,9 @@ import typer
 
 from dsv4cli import console
 from dsv4cli.commands import quantize_view as view
-from dsv4cli.commands.arguments import Json, Model
+from dsv4cli.commands.arguments import Json, Model, demand_folder_of
 from dsv4cli.commands.options import with_settings
-from dsv4cli.errors import Interrupted, UsageError
+from dsv4cli.errors import UsageError
 from dsv4cli.registry import catalog
 from dsv4cli.settings import Settings
 
@@ -128,8 +128,7 @@ def output_path(entry: Entry, wanted: Wanted) -> Path:
         return path / f"{stages}{name}-{(wanted.recipe or 'fitted').upper()}.gguf"
     if path.suffix != ".gguf":
         raise UsageError(f"{path} is neither a folder nor the name of a .gguf file.", f"Write -o {path}.gguf.")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"There is no folder {path.absolute().parent} for {path.name}.", "Create it, or choose another -o.")
+    demand_folder_of(path, "-o")
     return path
 
 
@@ -167,13 +166,8 @@ def carry_out(plan: Plan, importance: Importance | None, workers: int | None, de
     if plan.weighed and importance is None and not quiet:
         console.note("Without --imatrix a column matters as much as its weights' energy; dsv4 imatrix makes a better guide.")
     started = time.monotonic()
-    try:
-        with view.reporting(quiet) as report:
-            convert(plan, source, importance=importance, workers=workers, device=device_called(device), force=force,
-                    report=report)
-    except KeyboardInterrupt:
-        console.note(f"Stopped. The same command goes on with {plan.output}.")
-        raise Interrupted("Stopped.") from None
+    with console.resumable(plan.output), view.reporting(quiet) as report:
+        convert(plan, source, importance=importance, workers=workers, device=device_called(device), force=force, report=report)
     if not quiet:
         for part in plan.parts:
             console.note(f"{part.path}: {part.nbytes:,} bytes")

@@ -18,9 +18,7 @@ PLAIN_SECONDS = 10.0  # between two lines where no bar can be drawn
 
 def print_plan(plan: Plan) -> None:
     """A line a role: tensors, types before and after, bytes, bits a weight."""
-    from dsv4cli.engine.memory import in_bytes
-
-    rows = [(row["role"], f"{row['tensors']:,}", row["from"], row["to"], in_bytes(row["bytes"]), f"{row['bits']:.2f}")
+    rows = [(row["role"], f"{row['tensors']:,}", row["from"], row["to"], console.in_bytes(row["bytes"]), f"{row['bits']:.2f}")
             for row in summary(plan)]
     console.table(("ROLE", "TENSORS", "FROM", "TO", "SIZE", "BITS"), rows, right=[1, 4, 5])
     files = f" in {len(plan.parts)} files" if len(plan.parts) > 1 else ""

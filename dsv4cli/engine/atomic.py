@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dsv4_quant.files.folders import sync_folder
 from dsv4cli.errors import CapacityError, Dsv4Error
 
 
@@ -20,20 +21,10 @@ def whole_file(path: Path) -> Iterator[Path]:
         with draft.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(draft, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         kind = CapacityError if error.errno == errno.ENOSPC else Dsv4Error
         raise kind(f"Cannot write {path}: {error.strerror or error}.",
                    "Check the folder, its permissions and the free space.") from error
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself last; not every system lets a folder be opened."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 
 from dsv4cli import paths
-from dsv4cli.engine.evaluate import CHUNK, logits_of
+from dsv4cli.console import in_bytes
+from dsv4cli.engine.evaluate import CHUNK, Progress, logits_of
 from dsv4cli.engine.loaded import Loaded
-from dsv4cli.engine.memory import in_bytes
 from dsv4cli.errors import CapacityError, UsageError
 
 SHORT = 512  # tokens: the shorter of the two context lengths
 ROWS = 32  # of logits at a time in float64: 33 MB each on the published models
-
-Progress = Callable[[int, int], None]  # (tokens done, tokens to do)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from dsv4_quant import imatrix
 from dsv4_quant.errors import CorruptFile
 from dsv4_quant.files.gguf_writer import Entry
 from dsv4cli.engine.atomic import whole_file
-from dsv4cli.engine.evaluate import logits_of
+from dsv4cli.engine.evaluate import Progress, logits_of
 from dsv4cli.engine.loaded import Loaded
 from dsv4cli.errors import UsageError
 from dsv4cli.model.importance import Collector
@@ -25,8 +25,6 @@ from dsv4cli.model.importance import Collector
 SAVE_SECONDS = 60.0
 PIECE = 512  # tokens that pass together; their logits, 265 MB on the published models, are computed for the head's sake
 WORK, DONE = "dsv4.imatrix.work", "dsv4.imatrix.samples_done"
-
-Progress = Callable[[int, int], None]  # (tokens done, tokens to do)
 
 
 @dataclass(frozen=True)

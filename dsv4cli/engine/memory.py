@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsv4cli.console import in_bytes as in_bytes
+from dsv4cli.console import in_bytes
 from dsv4cli.errors import CapacityError, UsageError
 
 DEFAULT_CONTEXT = 32768

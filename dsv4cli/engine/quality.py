@@ -9,8 +9,10 @@ from typing import Any
 from dsv4_quant import report
 from dsv4cli import paths
 from dsv4cli.engine import divergence
-from dsv4cli.engine.divergence import Divergence, Progress
+from dsv4cli.engine.divergence import Divergence
 from dsv4cli.engine.engine import Engine
+from dsv4cli.engine.evaluate import Progress
+from dsv4cli.engine.loaded import Loaded
 
 LONG = 2048  # tokens: the longer of the two contexts, unless somebody says otherwise
 
@@ -25,14 +27,19 @@ def check(path: Path, reference: str | Path, *, text: str | None = None, ctx: in
     """
     report.demand_room(path)
     ours, theirs = Engine.open(path, **opening), Engine.open(reference, **opening)
-    words = text if text is not None else evaluation_text()
-    ids = divergence.encoded(ours, theirs, words)
-    lengths = divergence.windows_for(ctx or min(LONG, ours.ctx, theirs.ctx), len(ids))
-    found = [divergence.compare(ours, theirs, ids, window, progress=progress) for window in lengths]
+    found = compared(ours, theirs, text=text, ctx=ctx, progress=progress)
     report.record(path, {"reference": theirs.name, "text": "the evaluation text of dsv4" if text is None else "a text of its own",
                          "numerics": ours.numerics, "contexts": [asdict(each) for each in found]})
     report.write_card(path)
     return found
+
+
+def compared(ours: Loaded, theirs: Loaded, *, text: str | None = None, ctx: int | None = None,
+             progress: Progress | None = None) -> list[Divergence]:
+    """What `check` measures, of two open models. Raises UsageError for models of other tokens."""
+    ids = divergence.encoded(ours, theirs, evaluation_text() if text is None else text)
+    lengths = divergence.windows_for(ctx or min(LONG, ours.ctx, theirs.ctx), len(ids))
+    return [divergence.compare(ours, theirs, ids, window, progress=progress) for window in lengths]
 
 
 def evaluation_text() -> str:

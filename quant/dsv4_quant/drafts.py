@@ -11,6 +11,7 @@ from typing import BinaryIO
 from torch import Tensor
 
 from dsv4_quant.errors import NotEnoughRoom
+from dsv4_quant.files.folders import sync_folder
 from dsv4_quant.files.gguf_header import read
 from dsv4_quant.files.mapping import map_file
 from dsv4_quant.formats import FORMATS
@@ -90,12 +91,7 @@ class Drafts:
         for part in self.plan.parts:
             if draft_of(part).exists():
                 os.replace(draft_of(part), part.path)
-        if hasattr(os, "O_DIRECTORY"):  # the renames themselves have to last
-            handle = os.open(self.plan.output.absolute().parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        sync_folder(self.plan.output.absolute().parent)
 
 
 def draft_of(part: Part) -> Path:

@@ -9,7 +9,6 @@ the GGUF is written.
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -238,7 +237,7 @@ def _demand_sane(path: Path, name: str, sums: Tensor, counts: Tensor) -> None:
 
 def write(path: Path, entries: Mapping[str, Entry], *, datasets: Sequence[str], chunks: int, chunk_size: int,
           more: Sequence[gguf_writer.Entry] = ()) -> None:
-    """Writes the GGUF form to `path`, which the caller renames when it is whole. `more`: keys beside llama.cpp's own."""
+    """Writes the GGUF form to `path`, which the caller brings to the disk and renames. `more`: keys beside llama.cpp's own."""
     keys = [gguf_writer.Entry("general.type", "str", "imatrix"),
             gguf_writer.Entry("imatrix.datasets", "[str]", list(datasets)),
             gguf_writer.Entry("imatrix.chunk_count", "u32", chunks),
@@ -254,8 +253,6 @@ def write(path: Path, entries: Mapping[str, Entry], *, datasets: Sequence[str], 
             data = values.contiguous().numpy().data.cast("B")
             file.write(data)
             file.write(bytes(gguf_writer.aligned(len(data)) - len(data)))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _stored(entries: Mapping[str, Entry]) -> Iterator[tuple[str, Tensor]]:

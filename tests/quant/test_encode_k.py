@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import gguf
@@ -14,57 +13,17 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsv4_quant.files.open import open_source
 from dsv4_quant.formats import FORMATS, fp4, search
-from tests.support import llama_quantize
+from tests.support import encoders, llama_quantize
+from tests.support.encoders import decode, encode, error, importance, same_bits
 
 SEARCHED = ("q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_xs", "mxfp4")
 NAMES = ("q8_0", *SEARCHED)
 # Of llama.cpp's error on Gaussian rows, measured here, and a half per cent to spare.
 OF_LLAMA = {"q6_k": 0.935, "q5_k": 0.95, "q4_k": 0.973, "q3_k": 0.988, "q2_k": 0.936, "iq4_xs": 0.953, "mxfp4": 0.957}
-TINY = Path(__file__).parents[2] / "dsv4cli/assets/tiny"
 
 
-def encode(name: str, rows: Tensor, importance: Tensor | None = None) -> Tensor:
-    encoder = FORMATS[name].encode
-    assert encoder is not None
-    return encoder(rows, importance)
-
-
-def decode(name: str, stored: Tensor) -> Tensor:
-    return FORMATS[name].decode(stored, None)
-
-
-def error(rows: Tensor, decoded: Tensor, importance: Tensor | None = None) -> float:
-    """The weighted squared error, relative to the rows."""
-    weights = torch.ones(1) if importance is None else importance
-    return float((weights * (rows.double() - decoded) ** 2).sum() / (weights * rows.double() ** 2).sum())
-
-
-@cache
-def importance() -> Tensor:
-    return torch.rand(4096, generator=torch.Generator().manual_seed(1)) + 0.1
-
-
-@cache
-def sample(kind: str) -> Tensor:
-    """float32 rows: Gaussian, of heavy tails (Student's t, 3 degrees), or of the tiny model."""
-    random = torch.Generator().manual_seed(2)
-    gaussian = torch.randn(24, 4096, generator=random) * 0.02
-    if kind == "gaussian":
-        return gaussian
-    if kind == "heavy":
-        return gaussian / torch.randn(3, 24, 4096, generator=random).square().mean(0).sqrt()
-    source = open_source(TINY)
-    names = [f"layers.2.ffn.experts.{i}.{w}.weight" for i in (0, 5) for w in ("w1", "w2", "w3")] + ["embed.weight"]
-    return torch.cat([source.read(name).float()[:100] for name in names])
-
-
-def same_bits(ours: Tensor, theirs: np.ndarray) -> bool:
-    """Equal to the sign of a zero; what is no number has any bits."""
-    other = torch.from_numpy(theirs)
-    bits = ours.view(torch.int32) == other.view(torch.int32)
-    return bool((bits | (ours.isnan() & other.isnan())).all())
+sample = partial(encoders.sample, count=24)
 
 
 # ---- what the bytes mean

@@ -7,6 +7,8 @@ from typing import Any
 
 import xllamacpp
 
+from dsv4cli import Engine
+
 
 class LlamaCpp:
     """A GGUF loaded by llama.cpp on the CPU; with `drafter`, a file of drafting stages, and what kind they are, it speculates."""
@@ -44,3 +46,13 @@ class LlamaCpp:
         )
         assert "choices" in answer, answer
         return answer
+
+
+def greedy(engine: Engine, ids: list[int], count: int) -> str:
+    """What our own engine says: the text of at most `count` most likely tokens after the prompt `ids`."""
+    session, said = engine.session(), []
+    logits = session.sync(ids)
+    while len(said) < count and (token := int(logits.argmax())) not in engine.tokenizer.stop_ids:
+        said.append(token)
+        logits = session.step(token)
+    return engine.tokenizer.decode(said)

@@ -34,17 +34,13 @@ DSV4_INLINE void in_pairs(int64_t blocks, Body&& body) {
 
 struct Q8_0Format {
     static constexpr bool HALVES = false, SPLIT = false;
-    static constexpr int LOW = 0, ABOVE = WIDE_BYTES ? 128 : 0;
+    static constexpr int LOW = 0, ABOVE = 0;
 
     template <class Sink>
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         in_pairs(cols / 32, [&](int64_t k) {
             const uint8_t* b = row.data + 34 * k;
-            auto factor = sink.scaled(k, half_at(b));
-            if constexpr (ABOVE != 0)
-                sink.put_above(k, load<u8x32>(b + 2) ^ uint8_t(ABOVE), factor);
-            else
-                sink.put(k, load<i8x32>(b + 2), factor);
+            sink.put(k, load<i8x32>(b + 2), sink.scaled(k, half_at(b)));
         });
     }
 };

@@ -49,20 +49,14 @@ DSV4_INLINE void store(void* to, V v) {
 }
 
 DSV4_INLINE f32x8 splat(float x) { return f32x8{x, x, x, x, x, x, x, x}; }
-DSV4_INLINE f32x8 splat(float low, float high) {
-#if DSV4_AVX2
-    return f32x8(_mm256_blend_ps(_mm256_set1_ps(low), _mm256_set1_ps(high), 0xf0));
-#else
-    return f32x8{low, low, low, low, high, high, high, high};
-#endif
-}
 
 // Two lanes of eight, each four times: those of half j.
 DSV4_INLINE f32x8 halves_of(f32x8 v, int j) {
 #if DSV4_AVX2
     return f32x8(_mm256_permutevar8x32_ps(__m256(v), _mm256_set_m128i(_mm_set1_epi32(2 * j + 1), _mm_set1_epi32(2 * j))));
 #else
-    return splat(v[2 * j], v[2 * j + 1]);
+    float low = v[2 * j], high = v[2 * j + 1];
+    return f32x8{low, low, low, low, high, high, high, high};
 #endif
 }
 
@@ -218,17 +212,9 @@ DSV4_INLINE f32x8 exp(f32x8 x) {
 
 // ---- Bytes ----
 
-// Whether all eight bits of unsigned bytes may be used in products; else seven, lest sums of two overflow 16 bits.
-#if DSV4_VNNI
-constexpr bool WIDE_BYTES = true;
-#else
-constexpr bool WIDE_BYTES = false;
-#endif
-
 constexpr uint64_t SPREAD = 0x0101010101010101u;  // times a byte: eight of it
 
-// Products summed in fours: to lane i of `onto` comes w[4i..4i+3] . a[4i..4i+3]. No w is above 127 but with WIDE_BYTES, no a is
-// -128.
+// Products summed in fours: to lane i of `onto` comes w[4i..4i+3] . a[4i..4i+3]. No w is above 127, no a is -128.
 DSV4_INLINE i32x8 dot_unsigned(u8x32 w, i8x32 a, i32x8 onto = i32x8{}) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && DSV4_AVX2
     return i32x8(_mm256_dpbusd_epi32(__m256i(onto), __m256i(w), __m256i(a)));

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from dsv4_quant.formats.search import LEAST_WEIGHT
+
 BLOCK = 256
 SMALLEST = 1e-15  # of the largest in a block: keeps divisions by nothing finite, and their squares
-LARGEST_HALF = 65504.0
-_LEAST_WEIGHT = 1e-6  # of the largest in the block: what nobody weighs shall still be approximated
 _PIECE, _GPU_PIECE = 2**17, 2**20  # weights at a time: bounds the memory
 
 
@@ -43,7 +43,7 @@ def unit(values: Tensor) -> Tensor:
 
 def positive(weights: Tensor) -> Tensor:
     """Weights [m, 256] over the largest of their block, none of them zero."""
-    return (weights / unit(weights)[:, None]).clamp_min(_LEAST_WEIGHT)
+    return (weights / unit(weights)[:, None]).clamp_min(LEAST_WEIGHT)
 
 
 def eights(blocks: Tensor, part: int) -> Tensor:

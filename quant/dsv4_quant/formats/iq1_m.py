@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dsv4_quant.formats import blocks, grids
 from dsv4_quant.formats.base import Format
-from dsv4_quant.formats.blocks import BLOCK, LARGEST_HALF, SMALLEST, fold
+from dsv4_quant.formats.blocks import BLOCK, SMALLEST, fold
+from dsv4_quant.formats.search import LARGEST_HALF
 
 BLOCK_BYTES = 56
 PART = 16

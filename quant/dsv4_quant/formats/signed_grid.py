@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from dsv4_quant.formats import blocks
-from dsv4_quant.formats.blocks import BLOCK, LARGEST_HALF, SMALLEST, fold
+from dsv4_quant.formats.blocks import BLOCK, SMALLEST, fold
 from dsv4_quant.formats.nearest import Grid, Vectors
+from dsv4_quant.formats.search import LARGEST_HALF
 
 TOP = 31  # the largest odd multiple that four bits make
 
