@@ -6,8 +6,9 @@ Distances are mean Kullback-Leibler divergences in nats over the next-token dist
 from the reference (every weight decoded, plain torch, float32) to the runner. Official numerics round what the caches hold, as
 the released model does and llama.cpp does not; so there are two references, the released model's and one that rounds nothing,
 and every runner is measured against both. What the fast products alone cost is measured as `fast products`: activations
-rounded to bytes as ever, but nothing rounded in the caches, which is what llama.cpp computes too. --oracle: `{"ids", "logits"}` that somebody else
-computed from the same weights (transformers, say), to be measured too. The GGUF needs a tokenizer for llama.cpp.
+rounded to bytes as ever, but nothing rounded in the caches, which is what llama.cpp computes too. --oracle: `{"ids",
+"logits"}` that somebody else computed from the same weights (transformers, say), to be measured too. The GGUF needs a
+tokenizer for llama.cpp.
 """
 
 from __future__ import annotations
