@@ -20,7 +20,8 @@ from dsv4cli.model import sizes
 
 DEFAULT_CONTEXT = 32768
 PREFILL_CHUNK = 512  # tokens that are computed together
-PROGRAM = 255_000_000  # bytes that Python, torch (without CUDA) and this program hold; seen with torch 2.13 on Linux
+PROGRAM = 275_000_000  # bytes that Python, torch (without CUDA) and this program hold; seen with torch 2.13 on Linux
+LOADED_LATER = 20_000_000  # what comes to the program after its plan was made: a tokenizer library, kernels, torch's own buffers
 TOKEN_BYTES = 740  # what a tokenizer holds per token: 95 MB for 129,280; seen with tokenizers 0.22
 MAPPED_AROUND = 65_536  # bytes that Linux maps at the first touch of a page that it has in its cache
 SMALLEST_CONTEXT = 512  # shorter than this, a default context would not be worth opening the model for

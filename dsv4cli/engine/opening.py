@@ -8,7 +8,7 @@ import json
 from dsv4_kernels import backends
 from dsv4_quant.files import Source
 from dsv4cli.encoding.tokenizer import Tokenizer
-from dsv4cli.engine.memory import MemoryPlan, available_memory, plan_model, resident_bytes
+from dsv4cli.engine.memory import LOADED_LATER, MemoryPlan, available_memory, plan_model, resident_bytes
 from dsv4cli.engine.sampling import Sampling
 from dsv4cli.errors import CorruptError, UsageError
 
@@ -20,7 +20,7 @@ def plan_of(source: Source, name: str, ctx: int | None, numerics: str) -> Memory
     model does not have, CapacityError (both numbers) for one that the machine does not have."""
     program, free = resident_bytes(), available_memory()
     available = None if free is None else free + program  # what this process holds already is in the plan
-    plan = plan_model(source.header, name, ctx=ctx, numerics=numerics, available=available, program=program,
+    plan = plan_model(source.header, name, ctx=ctx, numerics=numerics, available=available, program=program + LOADED_LATER,
                       decodes=backends.cpu_trouble() is not None)
     plan.demand_fit(name)
     return plan
