@@ -19,6 +19,7 @@ from dsv4cli.settings import Settings
 
 if TYPE_CHECKING:
     from dsv4_quant.convert import Importance
+    from dsv4_quant.files.headers import Header
     from dsv4_quant.metadata import Origin
     from dsv4_quant.plan import Plan, Stages
     from dsv4cli.registry.catalog import Entry
@@ -104,8 +105,8 @@ class Wanted(NamedTuple):
     release: str | None
 
 
-def planned(entry: Entry, wanted: Wanted, importance: Importance | None) -> Plan:
-    """What is to be written, from the source's header."""
+def planned(entry: Entry, wanted: Wanted, importance: Importance | None, header: Header | None = None) -> Plan:
+    """What is to be written, from the source's header, which is read unless it is given."""
     from dsv4_quant import recipe as recipes
     from dsv4_quant.files.headers import read_header
     from dsv4_quant.plan import make_plan
@@ -113,7 +114,7 @@ def planned(entry: Entry, wanted: Wanted, importance: Importance | None) -> Plan
     if wanted.recipe is None and wanted.target_size is None:
         raise UsageError("There is no recipe.", f"Give --recipe {RECIPES}, or --target-size.")
     chosen, rules = recipes.named(wanted.recipe or "q2"), recipes.rules_of(wanted.changes)
-    header = read_header(entry.located())
+    header = header or read_header(entry.located())
     path = output_path(entry, wanted)
     return make_plan(header, path, chosen, _origin(entry, header.metadata, wanted, importance), changes=rules,
                      stages=wanted.stages, target_size=wanted.target_size, part_size=wanted.part_size)

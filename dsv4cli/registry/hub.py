@@ -111,20 +111,39 @@ def listing(repo: str, revision: str | None = None, tries: int | None = None) ->
 
 
 @contextmanager
-def body(repo: str, commit: str, file: RemoteFile, start: int) -> Iterator[Body]:
-    """The bytes of a file from `start` on; a server that ignores the range begins at 0, and says so in `Body.start`.
+def body(repo: str, commit: str, file: RemoteFile, start: int, end: int | None = None) -> Iterator[Body]:
+    """The bytes of a file from `start` on, up to `end`; a server that ignores the range begins at 0, and says so in `Body.start`.
 
     Raises Passing for what may pass (reading the chunks too), HubError for the rest, RangeRefused for a 416.
     """
     headers = {**build_hf_headers(library_name="dsv4", library_version=__version__), "Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
+    if start or end is not None:
+        headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
     url = hf_hub_url(repo, file.path, revision=commit, endpoint=endpoint())
     with told(repo, file.path), get_session().stream("GET", url, headers=headers, timeout=QUIET) as response:
         if response.status_code >= 400:
             raise refusal(response.status_code, response.headers, repo, file.path)
         begin, total = _extent(response)
         yield Body(begin, total, response.iter_raw())
+
+
+def piece(repo: str, commit: str, file: RemoteFile, start: int, length: int) -> bytes:
+    """`length` bytes of a file from `start` on, which are there. Raises HubError."""
+
+    def ask() -> bytes:
+        found = bytearray()
+        with body(repo, commit, file, start, start + length) as answer:
+            wanted = start + length - answer.start
+            for chunk in answer.chunks:
+                found += chunk
+                if len(found) >= wanted:
+                    break
+        if answer.start > start or len(found) < wanted:
+            raise Passing(f"The hub ends {file.path} after {answer.start + len(found)} of {file.size} bytes.",
+                          f"Try again later. {KEPT}")
+        return bytes(found[start - answer.start : wanted])
+
+    return patiently(ask, TRIES)
 
 
 class RangeRefused(HubError):  # noqa: N818

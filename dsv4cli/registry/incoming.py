@@ -45,11 +45,6 @@ class Incoming:
         entry = self._verified.get(file.path)
         return entry is not None and entry.get("digest") == file.digest and _size(self.final(file)) == file.size
 
-    def consumed(self, file: RemoteFile) -> bool:
-        """Whether the file was verified and then handed over to somebody who needed it no longer."""
-        entry = self._verified.get(file.path)
-        return entry is not None and entry.get("digest") == file.digest and not self.final(file).exists()
-
     def present(self, file: RemoteFile) -> int:
         """Bytes of the file that are here, verified or not."""
         return file.size if self.has(file) else min(_size(self.part(file)) or 0, file.size)
