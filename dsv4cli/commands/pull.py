@@ -9,7 +9,7 @@ import typer
 
 from dsv4cli import console, paths
 from dsv4cli.commands import transfer
-from dsv4cli.commands.quantize import RECIPES
+from dsv4cli.commands.quantize_plan import RECIPES
 from dsv4cli.console import in_bytes
 from dsv4cli.errors import Interrupted, UsageError
 from dsv4cli.registry import catalog

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from dsv4cli import console, paths, settings
-from dsv4cli.commands import quantize, transfer
+from dsv4cli.commands import transfer
+from dsv4cli.commands.quantize_plan import Wanted, planned
 from dsv4cli.console import in_bytes
 from dsv4cli.errors import Interrupted
 
@@ -74,8 +75,8 @@ def _plan(streamed: Streamed, heads: dict[str, Head]) -> Plan:
     """What `dsv4 quantize` would write of the checkpoint if it were here."""
     from dsv4_quant.files.headers import header_of_heads
 
-    wanted = quantize.Wanted(str(streamed.folder), streamed.entry.recipe, {}, "none", None, None, settings.load()["release"])
-    return quantize.planned(streamed.origin(), wanted, None, header_of_heads(streamed.source.folder, heads))
+    wanted = Wanted(str(streamed.folder), streamed.entry.recipe, {}, "none", None, None, settings.load()["release"])
+    return planned(streamed.origin(), wanted, None, header_of_heads(streamed.source.folder, heads))
 
 
 def _told(streamed: Streamed, plan: Plan, maker: Arriving, peak: int) -> Iterator[str]:

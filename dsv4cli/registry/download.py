@@ -164,7 +164,7 @@ class Download:
     def _fetched(self, file: RemoteFile, path: Path) -> tuple[str, str]:
         """Completes the part; its digests."""
         while True:
-            with Part(path, file.size) as part:
+            with Part(path, file.size, alone=self._workers == 1) as part:
                 self.state.current[file.path] = (part.here, file.size)
                 if part.here <= file.size and self._complete(file, part):
                     return part.finish()
