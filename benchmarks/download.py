@@ -1,8 +1,9 @@
 """What verifying costs: the time and the CPU time of a pull from this machine beside a plain copy of the same bytes.
 
 A process of its own serves random shards on 127.0.0.1, another fetches them, in turns: `copy` writes what huggingface_hub's
-session yields to files and does nothing else, `pull` is dsv4's download (SHA-256 of what lies on the disk, header, journal,
-fsync), `hub` is huggingface_hub's own download, which compares lengths only. `hash` is hashlib's SHA-256 of the same bytes.
+session yields to files and does nothing else, `bare` does so with the larger pieces that dsv4 reads from the connection, `pull`
+is dsv4's download (SHA-256, header, journal, fsync), `hub` is huggingface_hub's own download, which compares lengths only.
+`hash` is hashlib's SHA-256 of the same bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rows import append
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "test/model"
-WAYS = ("copy", "pull", "hub", "hash")
+WAYS = ("copy", "bare", "pull", "hub", "hash")
 FIELDS = ("way", "mb", "shards", "workers", "seconds", "cpu_seconds", "cores", "python")
 MB = 1_000_000
 
@@ -98,7 +99,7 @@ def measured(way: str, source: str, into: str, workers: int) -> dict[str, float]
     from dsv4cli.registry import hub
 
     listing = hub.listing(REPO)
-    act = {"copy": copy, "pull": pull, "hub": by_hub, "hash": hash_alone}[way]
+    act = {"copy": copy, "bare": bare, "pull": pull, "hub": by_hub, "hash": hash_alone}[way]
     began, spent = time.perf_counter(), cpu_seconds()
     act(listing, Path(into), Path(source), workers)
     return {"seconds": time.perf_counter() - began, "cpu": cpu_seconds() - spent}
@@ -112,6 +113,17 @@ def copy(listing, into: Path, source: Path, workers: int) -> None:  # type: igno
         url = hf_hub_url(REPO, file.path, revision=listing.commit, endpoint=os.environ["HF_ENDPOINT"])
         with get_session().stream("GET", url) as response, (into / file.path).open("wb", buffering=0) as out:
             for chunk in response.iter_raw():
+                out.write(chunk)
+
+    spread(one, listing.files, workers)
+
+
+def bare(listing, into: Path, source: Path, workers: int) -> None:  # type: ignore[no-untyped-def]
+    from dsv4cli.registry import hub
+
+    def one(file) -> None:  # type: ignore[no-untyped-def]
+        with hub.body(REPO, listing.commit, file, 0) as body, (into / file.path).open("wb", buffering=0) as out:
+            for chunk in body.chunks:
                 out.write(chunk)
 
     spread(one, listing.files, workers)
