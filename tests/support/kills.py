@@ -98,7 +98,7 @@ def _left_behind(models: Path, way: Way) -> str:
     if (incoming / "manifest.json").exists():
         return "killed after the manifest"
     if list(incoming.glob("*.gguf.journal")):
-        return f"killed while it was encoded, with {len(list((incoming / 'source').glob('*.safetensors*')))} shards or parts"
+        return f"killed while it was encoded, with {len(list((incoming / 'source').glob('model-*')))} shards or parts"
     if list(incoming.rglob("*.safetensors.*.part")):
         return "killed with parts"
     return "killed with verified files only" if list(incoming.rglob("journal.json")) else "killed before the first byte"
