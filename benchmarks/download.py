@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from rows import append
@@ -29,7 +30,8 @@ from rows import append
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "test/model"
 WAYS = ("copy", "bare", "pull", "hub", "hash")
-FIELDS = ("way", "mb", "shards", "workers", "seconds", "cpu_seconds", "cores", "python")
+FIELDS = ("way", "mb", "shards", "workers", "seconds", "cpu_seconds", "cores", "python", "huggingface_hub", "cpu", "commit",
+          "date")
 MB = 1_000_000
 
 
@@ -184,10 +186,14 @@ def table(rows: dict[str, list[dict[str, float]]], arguments: argparse.Namespace
 
 def named(rows: dict[str, list[dict[str, float]]], arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     """A row of FIELDS for each run."""
+    from cpu import machine  # it imports torch, which the measured processes do without
+
+    here = {key: value for key, value in machine().items() if key in FIELDS} | {
+        "mb": arguments.mb, "shards": arguments.shards, "workers": arguments.workers, "cores": os.cpu_count(),
+        "python": platform.python_version(), "huggingface_hub": version("huggingface_hub")}
     for way, runs in rows.items():
         for run in runs:
-            yield dict(zip(FIELDS, (way, arguments.mb, arguments.shards, arguments.workers, f"{run['seconds']:.3f}",
-                                    f"{run['cpu']:.3f}", os.cpu_count(), platform.python_version()), strict=True))
+            yield {**here, "way": way, "seconds": f"{run['seconds']:.3f}", "cpu_seconds": f"{run['cpu']:.3f}"}
 
 
 if __name__ == "__main__":

@@ -54,6 +54,11 @@ def folder_name(name: str) -> str:
     return name.replace("/", "--").replace(":", "+")
 
 
+def name_of(folder: Path) -> str:
+    """The model whose folder this is; what `folder_name` does, undone."""
+    return folder.name.replace("--", "/").replace("+", ":")
+
+
 def unfinished() -> Iterator[Path]:
     """Folders of models on their way in."""
     for folder in sorted((paths.models() / INCOMING).glob("*")):

@@ -20,6 +20,7 @@ import pytest
 
 from dsv4cli import paths
 from dsv4cli.registry import catalog, store
+from dsv4cli.registry.streamed import Streamed
 from tests.hub.conftest import REPO, assert_same, incoming, installed, shards
 from tests.support import kills
 from tests.support.hub import Fault, Hub
@@ -185,6 +186,7 @@ def test_a_network_that_goes_away_costs_no_shard(run_dsv4: Run, streaming: Hub, 
     failed = run_dsv4("pull", REPO, "--quant", "q2")
     assert (failed.code, "The hub ends" in failed.err or "broke" in failed.err) == (4, True), failed.err
     assert "kept" in failed.err
+    assert [store.name_of(folder) for folder in store.unfinished()] == [MADE]
     left = [file.name for file in (incoming(MADE) / "source").glob("model-*")]
     assert "model-00001-of-00005.safetensors" not in left
     assert any(name.startswith(f"{third}.") and name.endswith(".part") for name in left)
@@ -203,6 +205,27 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(run_dsv4: R
     assert refused.code == 3
     assert re.search(r"needs \d\.\d MB more while it is made, but the disk of .* has 4.5 MB free", refused.err), refused.err
     assert all(request.range for request in streaming.log if request.path.endswith(".safetensors") and request.method == "GET")
+
+
+def test_a_disk_that_fills_up_in_the_middle(run_dsv4: Run, streaming: Hub, expected: str, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4200k", "none", str(small)], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        monkeypatch.setenv("DSV4_MODELS", str(small))
+        refused = run_dsv4("pull", REPO, "--quant", "q2")
+        assert (refused.code, "more while it is made, but the disk of" in refused.err) == (3, True), refused.err
+        with monkeypatch.context() as patched:  # somebody else took the space after the plan
+            patched.setattr(Streamed, "check_disk", lambda self, peak: None)
+            filled = run_dsv4("pull", REPO, "--quant", "q2")
+        assert (filled.code, "is full" in filled.err) == (3, True), filled.err
+        subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
+        assert run_dsv4("pull", REPO, "--quant", "q2").code == 0
+        assert digest(installed(MADE) / GGUF) == expected
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
 
 
 @pytest.mark.parametrize(("arguments", "code", "said"), [
