@@ -24,7 +24,7 @@ from dsv4cli.registry.incoming import Incoming, Part
 
 WORKERS = 4
 FRAME = 0.1  # seconds between two looks at the state
-LEFT_BEHIND = 2.0  # seconds
+LEFT_BEHIND = 2.0  # seconds, of all threads together
 AGAIN = "Run the same command again; files that did not change are kept."
 
 
@@ -116,8 +116,9 @@ class Download:
                     yield self.state
         finally:
             self._stop.set()
-        for thread in threads:  # after a failure each ends with its next bytes; one that gets none is left behind
-            thread.join(LEFT_BEHIND)
+            until = time.monotonic() + LEFT_BEHIND
+            for thread in threads:  # each writes what it has when its next bytes come; one that gets none is left behind
+                thread.join(max(0.0, until - time.monotonic()))
         if self._error:
             raise self._error
         yield self.state
