@@ -1,12 +1,14 @@
 """How far dsv4's fast kernels and llama.cpp are from the same weights computed in float32, on one file, side by side.
 
-    python benchmarks/agreement.py MODEL.gguf ... [--tokens 600] [--threads 2] [--oracle FILE.pt] [--out FILE.csv]
+    python benchmarks/agreement.py MODEL.gguf ... [--tokens 600] [--seed 1] [--threads 2] [--oracle FILE.pt] [--out FILE.csv]
 
 Distances are mean Kullback-Leibler divergences in nats over the next-token distributions after each of `tokens` random ids,
 from the reference (every weight decoded, plain torch, float32) to the runner. Official numerics round what the caches hold, as
-the released model does and llama.cpp does not: each runner is measured against the reference of the numerics that it
-computes, and the distance between the two references stands beside. --oracle: `{"ids", "logits"}` that somebody else
-computed from the same weights (transformers, say), to be measured too. The GGUF needs a tokenizer for llama.cpp.
+the released model does and llama.cpp does not; so there are two references, the released model's and one that rounds nothing,
+and every runner is measured against both. What the fast products alone cost is measured as `fast products`: activations
+rounded to bytes as ever, but nothing rounded in the caches, which is what llama.cpp computes too. --oracle: `{"ids",
+"logits"}` that somebody else computed from the same weights (transformers, say), to be measured too. The GGUF needs a
+tokenizer for llama.cpp.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import torch
 from rows import append
 from torch import Tensor
 
+PRODUCTS = "fast products"  # plain numerics, but for activations that are rounded where they meet packed weights
 PIECE = 64  # tokens whose distributions are compared at once
 
 
@@ -49,8 +52,10 @@ def dsv4(path: str, ids: Tensor, numerics: str, threads: int, *, reference: bool
     """float32 logits [tokens, vocab] of the fast kernels, or of plain torch over decoded weights."""
     from dsv4_kernels import backends
     from dsv4_quant.files import open_source
+    from dsv4cli.model.numerics import NUMERICS, Numerics
     from dsv4cli.model.transformer import Model
 
+    NUMERICS[PRODUCTS] = Numerics(PRODUCTS, exact=False)
     native = dict(backends.NATIVE)
     if reference:
         backends.NATIVE.clear()
@@ -135,26 +140,24 @@ def measure(path: str, options: argparse.Namespace) -> list[Row]:
     vocab = open_source(Path(path)).config.vocab_size
     oracle = torch.load(options.oracle) if options.oracle else None
     ids = oracle["ids"].flatten() if oracle else torch.randint(1000 % vocab, vocab, (options.tokens,),
-                                                               generator=torch.Generator().manual_seed(1))
-    logits = {(numerics, reference): dsv4(path, ids, numerics, options.threads, reference=reference)
-              for numerics in ("plain", "official") for reference in (True, False)}
-    plain, official = logits["plain", True], logits["official", True]
-    rival = in_a_process_of_its_own(path, ids, options.threads, vocab)
-    rows = [compare(path, "dsv4, official numerics", "official", official, logits["official", False]),
-            compare(path, "dsv4, plain numerics", "plain", plain, logits["plain", False]),
-            compare(path, "llama.cpp", "plain", plain, rival),
-            compare(path, "official reference", "plain", plain, official)]
+                                                               generator=torch.Generator().manual_seed(options.seed))
+    references = {name: dsv4(path, ids, name, options.threads, reference=True) for name in ("official", "plain")}
+    runners = {f"dsv4, {name}": dsv4(path, ids, name, options.threads, reference=False)
+               for name in ("official", PRODUCTS, "plain")}
+    runners["llama.cpp"] = in_a_process_of_its_own(path, ids, options.threads, vocab)
+    rows = [compare(path, runner, name, expected, found) for name, expected in references.items()
+            for runner, found in runners.items()]
+    rows.append(compare(path, "official reference", "plain", references["plain"], references["official"]))
     if oracle:
         theirs = oracle["logits"].reshape(-1, vocab).float()
-        rows += [compare(path, "dsv4, plain numerics", "oracle", theirs, logits["plain", False]),
-                 compare(path, "llama.cpp", "oracle", theirs, rival)]
+        rows += [compare(path, runner, "oracle", theirs, runners[runner]) for runner in ("dsv4, plain", "llama.cpp")]
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL.gguf")
-    for name, default in (("tokens", 600), ("threads", 2), ("vocab", 0)):
+    for name, default in (("tokens", 600), ("threads", 2), ("seed", 1), ("vocab", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--oracle")
     parser.add_argument("--out", type=Path)

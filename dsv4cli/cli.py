@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong use, 3 not enough memory or disk, 4 a file
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 import traceback
@@ -28,6 +29,7 @@ COMMANDS = {  # where it is, and the first paragraph of its help: neither is imp
     "run": ("dsv4cli.commands.run:run", "Answer one question and leave."),
     "list": ("dsv4cli.commands.list:list_models", "List the models on this machine (short: ls)."),
     "show": ("dsv4cli.commands.show:show", "Show a model: architecture, tensors by role, context, license."),
+    "plan": ("dsv4cli.commands.plan:plan", "Show what a model will need, by purpose, and whether that fits."),
     "quantize": ("dsv4cli.commands.quantize:quantize", "Make a smaller GGUF of a model, for dsv4 and llama.cpp."),
     "pull": ("dsv4cli.commands.pull:pull", "Fetch a model from the Hugging Face hub."),
     "verify": ("dsv4cli.commands.verify:verify", "Hash the files of a model again, and compare with what was published."),
@@ -64,6 +66,7 @@ def _global_options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and leaves with its exit code."""
+    gc.set_threshold(50_000, 20, 20)  # torch's import and a vocabulary are no garbage: looking through them took 0.3 s
     given, debug = _without_debug(list(sys.argv[1:] if arguments is None else arguments))
     try:
         code = app(given, prog_name="dsv4", standalone_mode=False)

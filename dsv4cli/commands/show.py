@@ -72,15 +72,7 @@ def architecture(config: ModelConfig) -> dict[str, Any]:
 
 def parts(header: Header) -> list[Part]:
     """Tensors, bytes and formats by role."""
-    from dsv4_quant import schema
-
-    expected: Iterable[Any] = schema.gguf_tensors(header.config)
-    if header.layout == "official":
-        expected = schema.tensors(header.config, schema.Variant.of(header.tensors))
-    roles = {spec.name: spec.role for spec in expected}
-    groups: dict[str, list[Any]] = {}
-    for name, tensor in header.tensors.items():
-        groups.setdefault(roles.get(name, "other"), []).append(tensor)
+    groups = header.by_role()
     order = [*ROLES, *(role for role in groups if role not in ROLES)]
     return [Part(role, len(groups[role]), sum(tensor.nbytes for tensor in groups[role]), _formats(groups[role]))
             for role in order if role in groups]
@@ -107,15 +99,13 @@ def _print(facts: dict[str, Any], numbers: dict[str, Any], groups: list[Part], j
     if json:
         console.print_json({**facts, "architecture": numbers or None, "parts": [part._asdict() for part in groups]})
         return
-    from dsv4cli.engine.memory import in_bytes
-
     if facts["path"] is None:
         facts = {**facts, "path": "not on this machine"}
     if facts.get("bytes"):
-        facts["bytes"] = in_bytes(facts["bytes"])
+        facts["bytes"] = console.in_bytes(facts["bytes"])
     console.pairs([(name, str(value)) for name, value in {**facts, **numbers}.items() if value is not None])
     if groups:
         total = Part("total", sum(part.tensors for part in groups), sum(part.nbytes for part in groups), "")
         print()
-        rows = [(part.role, f"{part.tensors:,}", in_bytes(part.nbytes), part.formats) for part in (*groups, total)]
+        rows = [(part.role, f"{part.tensors:,}", console.in_bytes(part.nbytes), part.formats) for part in (*groups, total)]
         console.table(("ROLE", "TENSORS", "SIZE", "FORMATS"), rows, right=[1, 2])

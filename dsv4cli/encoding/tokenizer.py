@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers.models import BPE
 
 from dsv4cli.encoding import texts
 from dsv4cli.encoding.segments import Control, Segment
@@ -37,6 +38,19 @@ def _encodable(text: str) -> str:
 
 
 ALPHABET = _byte_alphabet()
+BPE_OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
+               "ignore_merges")
+
+
+def _without_added(data: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The tokenizer that knows no added tokens. Its vocabulary is handed over as it is: as JSON it takes three times as long."""
+    model = data["model"]
+    merges = [tuple(merge.split(" ", 1) if isinstance(merge, str) else merge) for merge in model["merges"]]
+    bare = data | {"added_tokens": [], "model": model | {"vocab": {}, "merges": []}}
+    made = tokenizers.Tokenizer.from_str(json.dumps(bare))
+    options = {name: model[name] for name in BPE_OPTIONS if model.get(name) is not None}
+    made.model = BPE(vocab=model["vocab"], merges=merges, **options)
+    return made
 
 
 class Tokenizer:
@@ -48,7 +62,7 @@ class Tokenizer:
             added = data.get("added_tokens", [])
             self._controls: dict[str, int] = {token["content"]: token["id"] for token in added}
             self._base: dict[str, int] = data["model"]["vocab"]
-            self._text = tokenizers.Tokenizer.from_str(json.dumps(data | {"added_tokens": []}))
+            self._text = _without_added(data)
         except Exception as error:  # the library raises bare Exception for a malformed file
             raise CorruptError(f"{origin} is not a tokenizer: {error}.", "Fetch the file again.") from error
         self._spelling = {i: spelling for spelling, i in self._controls.items()}
@@ -70,10 +84,8 @@ class Tokenizer:
         return max(max(self._base.values()), max(self._controls.values(), default=0)) + 1
 
     @cached_property
-    def _bytes(self) -> dict[int, bytes]:
-        return {
-            i: bytes(ALPHABET[c] for c in piece) for piece, i in self._base.items() if all(c in ALPHABET for c in piece)
-        }
+    def _pieces(self) -> dict[int, str]:
+        return {i: piece for piece, i in self._base.items()}
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -113,7 +125,8 @@ class Tokenizer:
         """The bytes that a token stands for; a control token's spelling. Unknown ids are empty."""
         if token in self._spelling:
             return self._spelling[token].encode()
-        return self._bytes.get(token, b"")
+        piece = self._pieces.get(token, "")
+        return bytes(map(ALPHABET.__getitem__, piece)) if ALPHABET.keys() >= set(piece) else b""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, control tokens spelled out; broken UTF-8 becomes U+FFFD."""

@@ -1,21 +1,28 @@
 """The memory plan: what a model will need, what this machine has, and a refusal before the first byte is loaded.
 
-Weights stay in the mapped file and are read through the page cache. They are counted in full all the same: a model
-whose weights do not fit would read them from the disk again for every token. What a program may use is the smallest of
-what the system has available and what the control groups around the process leave.
+Weights stay in the mapped file and are read through the page cache. They are counted all the same, as far as they are read:
+a model whose weights do not fit would read them from the disk again for every token. What a program may use is the smallest
+of what the system has available and what the control groups around the process leave. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dsv4_quant.config import ModelConfig
+from dsv4_quant.files.headers import Header
 from dsv4cli.console import in_bytes
 from dsv4cli.errors import CapacityError, UsageError
+from dsv4cli.model import sizes
 
 DEFAULT_CONTEXT = 32768
+PREFILL_CHUNK = 512  # tokens that are computed together
+PROGRAM = 255_000_000  # bytes that Python, torch (without CUDA) and this program hold; seen with torch 2.13 on Linux
+TOKEN_BYTES = 740  # what a tokenizer holds per token: 95 MB for 129,280; seen with tokenizers 0.22
+MAPPED_AROUND = 65_536  # bytes that Linux maps at the first touch of a page that it has in its cache
 SMALLEST_CONTEXT = 512  # shorter than this, a default context would not be worth opening the model for
 
 
@@ -24,7 +31,9 @@ class MemoryPlan:
     """Bytes by purpose. `available` is None where the system does not tell; then nothing is refused."""
 
     context: int  # tokens
-    weights: int  # as stored, mapped from the file
+    program: int  # Python, torch and what else is loaded before a model is
+    vocabulary: int  # the tokenizer
+    weights: int  # as stored, mapped from the file, as far as such a context reads them
     expanded: int  # float32 copies of small models
     state: int  # window, compressed entries and compressor state at a full context
     snapshots: int  # the most that a session may keep to go back to
@@ -33,7 +42,7 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        return self.weights + self.expanded + self.state + self.snapshots + self.scratch
+        return sum(self.sizes().values())
 
     @property
     def fits(self) -> bool:
@@ -47,33 +56,68 @@ class MemoryPlan:
                 f"but only {in_bytes(self.available or 0)} are available.",
                 "Choose a smaller --ctx, a smaller quantisation, or a machine with more memory.")
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes by what they are for, in words."""
+        return {"program": self.program, "tokenizer": self.vocabulary, "weights": self.weights,
+                "expanded weights": self.expanded, f"state for {self.context} tokens": self.state,
+                "snapshots": self.snapshots, "scratch": self.scratch}
+
     def parts(self) -> str:
-        named = {"weights": self.weights, "expanded weights": self.expanded,
-                 f"state for {self.context} tokens": self.state, "snapshots": self.snapshots, "scratch": self.scratch}
-        return ", ".join(f"{what} {in_bytes(size)}" for what, size in named.items() if size)
+        return ", ".join(f"{what} {in_bytes(size)}" for what, size in self.sizes().items() if size)
 
 
-def plan_memory(name: str, *, ctx: int | None, model_ctx: int, weights: int, expanded: int, scratch: int,
-                state_bytes: Callable[[int], int], available: int | None) -> MemoryPlan:
-    """The plan for `ctx` tokens, or, with ctx None, for the longest default that fits (halving from DEFAULT_CONTEXT).
+def plan_model(header: Header, name: str, *, ctx: int | None, numerics: str, available: int | None,
+               program: int = PROGRAM, decodes: bool = False) -> MemoryPlan:
+    """The plan for `ctx` tokens, or, with ctx None, for the longest default that fits (halving from DEFAULT_CONTEXT; the
+    smallest where none fits). Nobody is refused here: see MemoryPlan.demand_fit.
 
-    model_ctx is the model's own maximum; state_bytes(tokens) prices the state, and snapshots
-    may take as much again. Raises UsageError for a context the
-    model does not have, CapacityError (both numbers) for one the machine does not have.
+    program: bytes that the program holds before it opens a model. decodes: there are no kernels for packed weights, so
+    that a matrix has to be decoded for each product. Raises UsageError for a context the model does not have.
     """
-    if ctx is not None and not 1 <= ctx <= model_ctx:
-        raise UsageError(f"A context of {ctx} tokens was asked for, but {name} allows 1 to {model_ctx}.",
-                         f"Choose --ctx between 1 and {model_ctx}.")
+    config = header.config
+    longest = config.max_position_embeddings
+    if ctx is not None and not 1 <= ctx <= longest:
+        raise UsageError(f"A context of {ctx} tokens was asked for, but {name} allows 1 to {longest}.",
+                         f"Choose --ctx between 1 and {longest}.")
+    weights = _Weights.of(header)
+    expanded = sizes.expanded_bytes(config, header.tensor_bytes)
+    scratch = _scratch_bytes(config, decodes and not expanded)
 
     def plan(tokens: int) -> MemoryPlan:
-        state = state_bytes(tokens)
-        return MemoryPlan(tokens, weights, expanded, state, state, scratch, available)
+        state = sizes.state_bytes(config, tokens, numerics)
+        return MemoryPlan(tokens, program, TOKEN_BYTES * config.vocab_size, weights.read_by(tokens), expanded, state, state,
+                          scratch, available)
 
-    chosen = plan(ctx or min(DEFAULT_CONTEXT, model_ctx))
+    chosen = plan(ctx or min(DEFAULT_CONTEXT, longest))
     while ctx is None and not chosen.fits and chosen.context // 2 >= SMALLEST_CONTEXT:
         chosen = plan(chosen.context // 2)
-    chosen.demand_fit(name)
     return chosen
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Stored bytes: the table of embeddings, and all else that the trunk reads. Other stages are left on the disk."""
+
+    embedding: int
+    others: int
+
+    @classmethod
+    def of(cls, header: Header) -> _Weights:
+        nbytes = {role: sum(info.nbytes for info in infos) for role, infos in header.by_role().items()}
+        unread = nbytes.get("mtp", 0) + nbytes.get("other", 0)
+        embedding = nbytes.get("embed", 0)
+        return cls(embedding, header.tensor_bytes - unread - embedding)
+
+    def read_by(self, tokens: int) -> int:
+        """Of the table only the rows of tokens that occur, each with the pages that the system maps around it."""
+        return self.others + min(self.embedding, tokens * MAPPED_AROUND)
+
+
+def _scratch_bytes(config: ModelConfig, decodes: bool) -> int:
+    """The largest temporary tensors, float32: the widest activations of a prompt chunk, and a decoded matrix."""
+    widest = max(config.hc_mult * config.hidden_size, config.num_attention_heads * config.head_dim)
+    matrix = config.vocab_size * config.hidden_size if decodes else 0
+    return 4 * (6 * PREFILL_CHUNK * widest + matrix)
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

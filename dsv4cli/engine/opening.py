@@ -5,48 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 
-import torch
-
-from dsv4_quant.config import ModelConfig
+from dsv4_kernels import backends
 from dsv4_quant.files import Source
-from dsv4_quant.schema import gguf_tensors
 from dsv4cli.encoding.tokenizer import Tokenizer
-from dsv4cli.engine.memory import MemoryPlan, available_memory, plan_memory
+from dsv4cli.engine.memory import MemoryPlan, available_memory, plan_model, resident_bytes
 from dsv4cli.engine.sampling import Sampling
-from dsv4cli.engine.session import PREFILL_CHUNK
 from dsv4cli.errors import CorruptError, UsageError
-from dsv4cli.model.state import State
-from dsv4cli.model.transformer import EXPAND_LIMIT
 
 RECOMMENDED = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty")  # keys of generation_config.json
 
 
 def plan_of(source: Source, name: str, ctx: int | None, numerics: str) -> MemoryPlan:
-    """What `source` will need on this machine, told before its weights are read. Raises as memory.plan_memory."""
-    config = source.config
-    expanded = _expanded_bytes(source)
-
-    def state_bytes(tokens: int) -> int:
-        return State.bytes_for(config, tokens, numerics)
-
-    return plan_memory(name, ctx=ctx, model_ctx=config.max_position_embeddings, weights=source.tensor_bytes,
-                       expanded=expanded, scratch=_scratch_bytes(config, bool(expanded)), state_bytes=state_bytes,
-                       available=available_memory())
-
-
-def _expanded_bytes(source: Source) -> int:
-    """float32 copies of a model that is small enough for them (see Model.bind)."""
-    if source.tensor_bytes > 2 * EXPAND_LIMIT:  # no stored type is wider than twice float32
-        return 0
-    wanted = 4 * sum(torch.Size(spec.shape).numel() for spec in gguf_tensors(source.config))
-    return wanted if wanted <= EXPAND_LIMIT else 0
-
-
-def _scratch_bytes(config: ModelConfig, expanded: bool) -> int:
-    """The largest temporary tensors, float32: the widest activations of a prompt chunk, and one decoded matrix."""
-    widest = max(config.hc_mult * config.hidden_size, config.num_attention_heads * config.head_dim)
-    matrix = 0 if expanded else config.vocab_size * config.hidden_size
-    return 4 * (6 * PREFILL_CHUNK * widest + matrix)
+    """What `source` will need on this machine, told before its weights are read. Raises UsageError for a context that the
+    model does not have, CapacityError (both numbers) for one that the machine does not have."""
+    program, free = resident_bytes(), available_memory()
+    available = None if free is None else free + program  # what this process holds already is in the plan
+    plan = plan_model(source.header, name, ctx=ctx, numerics=numerics, available=available, program=program,
+                      decodes=backends.cpu_trouble() is not None)
+    plan.demand_fit(name)
+    return plan
 
 
 def tokenizer_of(source: Source, name: str) -> Tokenizer:

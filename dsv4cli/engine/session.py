@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dsv4cli.engine import sessionfile
 from dsv4cli.engine.loaded import Loaded
+from dsv4cli.engine.memory import PREFILL_CHUNK
 from dsv4cli.engine.snapshots import Mark, Shelf
 from dsv4cli.errors import Interrupted, UsageError
 from dsv4cli.model.state import Snapshot
 
-PREFILL_CHUNK = 512  # tokens computed between two looks at `cancel`
 MOST_MARKS = 12
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens to do)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.rounding import round_index, round_kv
-from dsv4cli.errors import UsageError
+from dsv4cli.model.sizes import demand_numerics
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,5 @@ NUMERICS = {each.name: each for each in (Numerics(), Official())}
 
 def numerics_named(name: str) -> Numerics:
     """Raises UsageError for a name that is neither plain nor official."""
-    if name not in NUMERICS:
-        raise UsageError(f"There are no numerics called {name!r}.", f"Choose one of {', '.join(NUMERICS)}.")
+    demand_numerics(name)
     return NUMERICS[name]

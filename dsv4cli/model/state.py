@@ -18,7 +18,8 @@ from dsv4_kernels.cache import keep
 from dsv4_kernels.compressor import OVERLAPPING, Pending
 from dsv4_quant.config import ModelConfig
 from dsv4cli.errors import CorruptError, UsageError
-from dsv4cli.model.numerics import Numerics, numerics_named
+from dsv4cli.model.numerics import Numerics
+from dsv4cli.model.sizes import state_bytes
 
 FIRST_CAPACITY = 1024  # tokens
 
@@ -80,11 +81,6 @@ class Compressed:
     @property
     def nbytes(self) -> int:
         return self.pending.kv.nbytes + self.pending.scores.nbytes + self.store.rows.nbytes
-
-    @staticmethod
-    def bytes_for(ratio: int, width: int, dtype: torch.dtype, tokens: int) -> int:
-        slots, values = Pending.shape(ratio, width)
-        return 2 * slots * values * 4 + tokens // ratio * width * dtype.itemsize
 
 
 @dataclass
@@ -159,13 +155,7 @@ class State:
     @staticmethod
     def bytes_for(config: ModelConfig, tokens: int, numerics: str) -> int:
         """Bytes of a state with room for so many tokens, without making one."""
-        dtype = numerics_named(numerics).cache
-        total = config.num_hidden_layers * config.sliding_window * config.head_dim * dtype.itemsize
-        for ratio in filter(None, map(config.ratio, range(config.num_hidden_layers))):
-            total += Compressed.bytes_for(ratio, config.head_dim, dtype, tokens)
-            if ratio == OVERLAPPING:
-                total += Compressed.bytes_for(ratio, config.index_head_dim, dtype, tokens)
-        return total
+        return state_bytes(config, tokens, numerics)
 
     def reserve(self, tokens: int) -> None:
         """Makes room for so many tokens in all. Raises UsageError when they are more than max_tokens."""

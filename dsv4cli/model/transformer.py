@@ -18,11 +18,11 @@ from dsv4_quant.files import Source
 from dsv4cli.errors import UsageError
 from dsv4cli.model.block import Block
 from dsv4cli.model.numerics import Numerics, numerics_named
+from dsv4cli.model.sizes import EXPAND_LIMIT
 from dsv4cli.model.state import State
 from dsv4cli.model.step import Rope, Step
 from dsv4cli.model.weights import ModelWeights, bind
 
-EXPAND_LIMIT = 512_000_000  # bytes of float32 weights; a model below it is decoded once, when it is bound
 PIECE = 1024  # tokens that pass through all layers together; bounds the memory of a prompt of any length
 
 Logits = Literal["last", "all", "none"]

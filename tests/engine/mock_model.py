@@ -113,6 +113,7 @@ class Scripted(Recurrent):
 
 
 def engine_of(model: Recurrent, *, ctx: int = 4096, fingerprint: str = "f", shelf_bytes: int = 1 << 30) -> Engine:
-    plan = MemoryPlan(ctx, weights=1000, expanded=0, state=64, snapshots=shelf_bytes, scratch=0, available=None)
+    plan = MemoryPlan(ctx, program=0, vocabulary=0, weights=1000, expanded=0, state=64, snapshots=shelf_bytes, scratch=0,
+                      available=None)
     anything: Any = model  # the mock has the three methods that the engine uses
     return Engine("mock", anything, Tokenizer.from_dict(byte_tokenizer_json()), "april", plan, fingerprint)

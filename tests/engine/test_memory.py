@@ -2,60 +2,121 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dsv4_quant.files.headers import Header, read_header
 from dsv4cli.engine.memory import (
     DEFAULT_CONTEXT,
+    SMALLEST_CONTEXT,
     MemoryPlan,
     available_memory,
     in_bytes,
-    plan_memory,
+    plan_model,
     resident_bytes,
 )
 from dsv4cli.errors import CapacityError, UsageError
+from dsv4cli.model.numerics import numerics_named
+from dsv4cli.model.sizes import CACHE_BYTES
+from tests.support.synth import Checkpoint, Shape
 
 GB = 10**9
 
 
-def plan(ctx: int | None, available: int | None, *, weights: int = 0, model_ctx: int = 1 << 20) -> MemoryPlan:
-    return plan_memory("flash", ctx=ctx, model_ctx=model_ctx, weights=weights, expanded=0,
-                       state_bytes=lambda tokens: tokens * 500, scratch=500, available=available)
+@pytest.fixture(scope="module")
+def header(tmp_path_factory: pytest.TempPathFactory) -> Header:
+    return read_header(Checkpoint(Shape(), seed=3).write(tmp_path_factory.mktemp("models") / "random"))
+
+
+def plan(header: Header, ctx: int | None, available: int | None, **options: Any) -> MemoryPlan:
+    return plan_model(header, "flash", ctx=ctx, numerics="official", available=available, program=1000, **options)
 
 
 def test_the_sum_is_exact() -> None:
-    made = MemoryPlan(context=10, weights=1, expanded=20, state=300, snapshots=4000, scratch=50_000, available=54_321)
-    assert made.needed == 54_321
+    made = MemoryPlan(context=10, program=1, vocabulary=20, weights=300, expanded=4000, state=50_000, snapshots=600_000,
+                      scratch=7_000_000, available=7_654_321)
+    assert made.needed == 7_654_321
     assert made.fits
 
 
-def test_a_given_context_is_kept_or_refused() -> None:
-    assert plan(1000, 1_000_500).context == 1000
-    with pytest.raises(CapacityError, match=r"flash needs 1\.0 MB .*for 1000 tokens.* but only 900\.0 KB") as caught:
-        plan(1000, 900_000)
+def test_a_given_context_is_kept_or_refused(header: Header) -> None:
+    needed = plan(header, 1000, None).needed
+    assert plan(header, 1000, needed).fits
+    made = plan(header, 1000, needed - 1)
+    assert made.context == 1000
+    with pytest.raises(CapacityError, match=r"flash needs [\d.]+ MB .*for 1000 tokens.* but only [\d.]+ MB") as caught:
+        made.demand_fit("flash")
     assert caught.value.exit_code == 3
     assert "--ctx" in caught.value.hint
 
 
-def test_the_default_context_is_the_longest_that_fits() -> None:
-    assert plan(None, None).context == DEFAULT_CONTEXT
-    assert plan(None, 100 * GB).context == DEFAULT_CONTEXT
-    assert plan(None, 9_000_000).context == 8192
-    assert plan(None, 100 * GB, model_ctx=2048).context == 2048
+def test_the_default_context_is_the_longest_that_fits(header: Header) -> None:
+    assert plan(header, None, None).context == DEFAULT_CONTEXT
+    assert plan(header, None, 100 * GB).context == DEFAULT_CONTEXT
+    assert plan(header, None, plan(header, 8192, None).needed + 1).context == 8192
+    assert plan(header, None, 10).context == SMALLEST_CONTEXT
 
 
-def test_weights_alone_can_be_too_much() -> None:
-    with pytest.raises(CapacityError, match=r"160\.0 GB.*64\.0 GB"):
-        plan(None, 64 * GB, weights=160 * GB)
+def test_weights_are_counted_as_far_as_they_are_read(header: Header) -> None:
+    """Not the drafter that is left on the disk; of the table of embeddings the rows of tokens that may occur."""
+    roles = {role: sum(info.nbytes for info in infos) for role, infos in header.by_role().items()}
+    trunk = sum(size for role, size in roles.items() if role != "mtp")
+    assert plan(header, 4096, None).weights == trunk
+    row = roles["embed"] - 65_536
+    assert plan(header, 1, None).weights == trunk - max(0, row)
+
+
+def test_only_without_kernels_matrices_are_decoded(header: Header) -> None:
+    """Nor where the weights are small enough to be expanded once."""
+    c = header.config
+    small, large = plan(header, 512, None, decodes=True), plan(unlimited(header), 512, None, decodes=True)
+    assert small.scratch == plan(header, 512, None).scratch
+    assert large.scratch - small.scratch == 4 * c.vocab_size * c.hidden_size
+
+
+def unlimited(header: Header) -> Header:
+    """The same header of files that are too large to be expanded."""
+    tensors = {name: info._replace(nbytes=info.nbytes * 10**6) for name, info in header.tensors.items()}
+    return replace(header, tensors=tensors)
 
 
 @pytest.mark.parametrize("ctx", [0, -5, (1 << 20) + 1])
-def test_a_context_the_model_does_not_have_is_refused(ctx: int) -> None:
-    with pytest.raises(UsageError, match=f"{ctx} tokens .* 1 to {1 << 20}"):
-        plan(ctx, None)
+def test_a_context_the_model_does_not_have_is_refused(header: Header, ctx: int) -> None:
+    with pytest.raises(UsageError, match=f"{ctx} tokens .* 1 to {header.config.max_position_embeddings}"):
+        plan(header, ctx, None)
+
+
+@pytest.mark.parametrize("numerics", ["plain", "official"])
+def test_caches_are_priced_as_they_are_made(numerics: str) -> None:
+    assert CACHE_BYTES[numerics] == numerics_named(numerics).cache.itemsize
+
+
+PEAK = """
+import random, sys
+from dsv4cli import Engine
+engine = Engine.open("tiny", ctx=int(sys.argv[1]), threads=1)
+session, numbers = engine.session(), random.Random(1)
+session.sync([numbers.randrange(engine.config.vocab_size) for _ in range(engine.ctx - 1)])
+session.step(5)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(int(peak.split()[1]) * 1024, engine.plan.needed)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("ctx", [512, 2500, 6000])
+def test_the_plan_is_what_a_full_context_takes(ctx: int) -> None:
+    """Within 5 % of the process's peak of resident memory, weights in the page cache among it."""
+    done = subprocess.run([sys.executable, "-c", PEAK, str(ctx)], capture_output=True, text=True, check=True,
+                          env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
+    peak, planned = map(int, done.stdout.split())
+    assert planned == pytest.approx(peak, rel=0.05)
 
 
 def system(root: Path, files: dict[str, str]) -> Path:

@@ -32,6 +32,9 @@ DSV4_INLINE void in_pairs(int64_t blocks, Body&& body) {
     if (k < blocks) body(k);
 }
 
+// Asks for what a thread reads soon. Few blocks fit into the processor's window, and its own prefetcher halts at every page.
+DSV4_INLINE void fetch_ahead(const uint8_t* from) { __builtin_prefetch(from + 4096); }
+
 struct Q8_0Format {
     static constexpr bool HALVES = false, SPLIT = false;
     static constexpr int LOW = 0, ABOVE = 0;
@@ -40,6 +43,7 @@ struct Q8_0Format {
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         in_pairs(cols / 32, [&](int64_t k) {
             const uint8_t* b = row.data + 34 * k;
+            if (k % 2 == 0) fetch_ahead(b);
             sink.put(k, load<i8x32>(b + 2), sink.scaled(k, half_at(b)));
         });
     }
@@ -56,6 +60,7 @@ struct MXFP4Format {
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         in_pairs(cols / 32, [&](int64_t k) {
             const uint8_t* b = row.data + 17 * k;
+            if (k % 4 == 0) fetch_ahead(b);
             sink.put_above(k, look_up_nibbles(E2M1, b + 1), sink.scaled(k, HALF_E8M0.of[*b]));
         });
     }
@@ -202,6 +207,7 @@ struct Q2_KFormat {
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         const uint8_t* b = row.data;
         for (int64_t s = 0; s < cols / 256; ++s, b += 84) {
+            fetch_ahead(b);
             uint64_t first = load<uint64_t>(b), second = load<uint64_t>(b + 8);
             constexpr uint64_t LOW_NIBBLES = 0x0f0f0f0f0f0f0f0fu;
             f32x8 d = splat(half_at(b + 80)), d_low = splat(half_at(b + 82));
@@ -256,6 +262,7 @@ struct IQ2_XXSFormat {
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         visit_prepared<IQ2Sizes>(cols / 256, sink, [&](int64_t s, Prepared<IQ2Sizes>& to) {
             const uint8_t* b = row.data + 66 * s;
+            fetch_ahead(b);
             to.set(b + 2, odd_lanes(b + 2), 0.125f * half_at(b), 8 * s, sink);
         });
     }

@@ -27,6 +27,7 @@ class GgufSource:
     layout = "gguf"
 
     def __init__(self, header: Header) -> None:
+        self.header = header
         self.path = header.path
         self.config = header.config
         self.raw_config = header.raw_config

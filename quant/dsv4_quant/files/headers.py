@@ -42,6 +42,17 @@ class Header:
     def tensor_bytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 
+    def by_role(self) -> dict[str, list[TensorInfo]]:
+        """The tensors by what they are for (schema.Role); "other" for those that the schema does not know."""
+        expected: Iterable[Any] = schema.gguf_tensors(self.config)
+        if self.layout == "official":
+            expected = schema.tensors(self.config, schema.Variant.of(self.tensors))
+        roles = {spec.name: spec.role for spec in expected}
+        groups: dict[str, list[TensorInfo]] = {}
+        for name, info in self.tensors.items():
+            groups.setdefault(roles.get(name, "other"), []).append(info)
+        return groups
+
 
 def read_header(path: str | Path) -> Header:
     """Reads the header of a checkpoint folder or a GGUF file. Raises CorruptFile and UnsupportedModel."""

@@ -29,6 +29,7 @@ class OfficialSource:
     layout = "official"
 
     def __init__(self, header: Header) -> None:
+        self.header = header
         self.path = header.path
         self.config = header.config
         self.raw_config = header.raw_config

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dsv4_quant.config import ModelConfig
+from dsv4_quant.files.headers import Header
 from dsv4_quant.formats import Packed
 
 
 class Source(Protocol):
     """An open checkpoint. Weights answer to their official names; a `.scale` comes with its `.weight`."""
 
+    header: Header
     path: Path
     layout: str  # "official" or "gguf"
     config: ModelConfig
