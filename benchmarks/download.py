@@ -1,8 +1,9 @@
 """What verifying costs: the time and the CPU time of a pull from this machine beside a plain copy of the same bytes.
 
 A process of its own serves random shards on 127.0.0.1, another fetches them, in turns: `copy` writes what huggingface_hub's
-session yields to files and does nothing else, `pull` is dsv4's download (SHA-256 of what lies on the disk, header, journal,
-fsync), `hub` is huggingface_hub's own download, which compares lengths only. `hash` is hashlib's SHA-256 of the same bytes.
+session yields to files and does nothing else, `bare` does so with the larger pieces that dsv4 reads from the connection, `pull`
+is dsv4's download (SHA-256, header, journal, fsync), `hub` is huggingface_hub's own download, which compares lengths only.
+`hash` is hashlib's SHA-256 of the same bytes.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from rows import append
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "test/model"
-WAYS = ("copy", "pull", "hub", "hash")
-FIELDS = ("way", "mb", "shards", "workers", "seconds", "cpu_seconds", "cores", "python")
+WAYS = ("copy", "bare", "pull", "hub", "hash")
+FIELDS = ("way", "mb", "shards", "workers", "seconds", "cpu_seconds", "cores", "python", "huggingface_hub", "cpu", "commit",
+          "date")
 MB = 1_000_000
 
 
@@ -98,7 +101,7 @@ def measured(way: str, source: str, into: str, workers: int) -> dict[str, float]
     from dsv4cli.registry import hub
 
     listing = hub.listing(REPO)
-    act = {"copy": copy, "pull": pull, "hub": by_hub, "hash": hash_alone}[way]
+    act = {"copy": copy, "bare": bare, "pull": pull, "hub": by_hub, "hash": hash_alone}[way]
     began, spent = time.perf_counter(), cpu_seconds()
     act(listing, Path(into), Path(source), workers)
     return {"seconds": time.perf_counter() - began, "cpu": cpu_seconds() - spent}
@@ -112,6 +115,17 @@ def copy(listing, into: Path, source: Path, workers: int) -> None:  # type: igno
         url = hf_hub_url(REPO, file.path, revision=listing.commit, endpoint=os.environ["HF_ENDPOINT"])
         with get_session().stream("GET", url) as response, (into / file.path).open("wb", buffering=0) as out:
             for chunk in response.iter_raw():
+                out.write(chunk)
+
+    spread(one, listing.files, workers)
+
+
+def bare(listing, into: Path, source: Path, workers: int) -> None:  # type: ignore[no-untyped-def]
+    from dsv4cli.registry import hub
+
+    def one(file) -> None:  # type: ignore[no-untyped-def]
+        with hub.body(REPO, listing.commit, file, 0) as body, (into / file.path).open("wb", buffering=0) as out:
+            for chunk in body.chunks:
                 out.write(chunk)
 
     spread(one, listing.files, workers)
@@ -172,10 +186,14 @@ def table(rows: dict[str, list[dict[str, float]]], arguments: argparse.Namespace
 
 def named(rows: dict[str, list[dict[str, float]]], arguments: argparse.Namespace) -> Iterator[dict[str, object]]:
     """A row of FIELDS for each run."""
+    from cpu import machine  # it imports torch, which the measured processes do without
+
+    here = {key: value for key, value in machine().items() if key in FIELDS} | {
+        "mb": arguments.mb, "shards": arguments.shards, "workers": arguments.workers, "cores": os.cpu_count(),
+        "python": platform.python_version(), "huggingface_hub": version("huggingface_hub")}
     for way, runs in rows.items():
         for run in runs:
-            yield dict(zip(FIELDS, (way, arguments.mb, arguments.shards, arguments.workers, f"{run['seconds']:.3f}",
-                                    f"{run['cpu']:.3f}", os.cpu_count(), platform.python_version()), strict=True))
+            yield {**here, "way": way, "seconds": f"{run['seconds']:.3f}", "cpu_seconds": f"{run['cpu']:.3f}"}
 
 
 if __name__ == "__main__":

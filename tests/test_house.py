@@ -22,7 +22,7 @@ PACKAGES = {
 
 # A room and the rooms it may open. The longest matching prefix names the room of a module.
 WING = {"dsv4cli.errors", "dsv4cli.paths", "dsv4cli.settings", "dsv4cli.console"}
-HEADERS = {"dsv4_quant.errors", "dsv4_quant.config", "dsv4_quant.schema", "dsv4_quant.files.headers"}
+HEADERS = {"dsv4_quant.errors", "dsv4_quant.config", "dsv4_quant.schema", "dsv4_quant.recipe", "dsv4_quant.files.headers"}
 MAY_OPEN: dict[str, set[str]] = {
     "dsv4_quant.errors": set(),
     "dsv4_quant.formats": {"dsv4_quant.errors"},

@@ -64,6 +64,6 @@ def _tell_the_rest(here: set[str]) -> None:
     absent = [name for name in catalog.catalog() if name not in here]
     if absent:
         console.note(f"\nKnown, not on this machine: {', '.join(absent)}. Fetch one: dsv4 pull NAME")
-    partial = sorted(folder.name for folder in store.unfinished())
+    partial = sorted(store.name_of(folder) for folder in store.unfinished())
     if partial:
         console.note(f"On their way in: {', '.join(partial)}. Go on with: dsv4 pull NAME")

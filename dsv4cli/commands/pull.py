@@ -9,8 +9,9 @@ import typer
 
 from dsv4cli import console, paths
 from dsv4cli.commands import transfer
+from dsv4cli.commands.quantize_plan import RECIPES
 from dsv4cli.console import in_bytes
-from dsv4cli.errors import Interrupted
+from dsv4cli.errors import Interrupted, UsageError
 from dsv4cli.registry import catalog
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ def pull(
         help="Fetch more files of the repo, like 'inference/*' (may be given several times).")] = None,
     update: Annotated[bool, typer.Option(
         "--update", metavar="", help="Replace an installed model by the hub's newest revision.")] = False,
+    quant: Annotated[str | None, typer.Option(
+        "--quant", metavar=RECIPES, show_default=False,
+        help="Make a smaller GGUF of a checkpoint while it arrives, with a recipe of dsv4 quantize.")] = None,
+    keep_source: Annotated[bool, typer.Option(
+        "--keep-source", metavar="", help="With --quant: install the checkpoint too, instead of deleting used shards.")] = False,
     max_workers: Workers = 4,
     limit_rate: Rate = None,
     yes: Yes = False,
@@ -41,18 +47,24 @@ def pull(
     """Fetch a model from the Hugging Face hub.
 
     Interrupted at any moment, it goes on where it was when it is called again. Every file is checked against the hub's SHA-256.
+    With --quant, no more than the result and two shards of the checkpoint are on the disk at any time.
     """
-    entry, rate = catalog.resolve(name), transfer.rate_limit(limit_rate)
+    named, rate = catalog.resolve(name), transfer.rate_limit(limit_rate)
+    entry = catalog.made(catalog.source_of(named), quant) if quant else named
+    if (include or keep_source) and bool(include) == bool(entry.recipe):
+        raise UsageError("--keep-source goes with --quant, and --include without it.", "Leave it out.")
     if entry.path and entry.repo and not update:
         _look_for_newer(entry, quiet)
         return
     from dsv4cli.registry import pull as puller
 
-    plan = puller.plan(entry, include or (), newest=update)
+    plan = puller.plan(catalog.source_of(named), include or (), newest=update)
     if update and entry.path and plan.listing.commit == entry.revision:
         _say(f"{entry.name} is the hub's newest revision already ({plan.listing.commit[:12]}).", quiet)
-        return
-    carry_out(plan, max_workers, rate, yes, quiet)
+    elif entry.recipe:
+        _quantised(plan, entry, keep_source, rate, yes, quiet)
+    else:
+        carry_out(plan, max_workers, rate, yes, quiet)
 
 
 def carry_out(plan: Plan, workers: int = 4, rate: float | None = None, yes: bool = False, quiet: bool = False) -> None:
@@ -68,6 +80,16 @@ def carry_out(plan: Plan, workers: int = 4, rate: float | None = None, yes: bool
     state = transfer.watch(Pull(plan, workers, rate).run(), plan.entry.name, quiet)
     count = f"{in_bytes(state.fetched)} fetched, {len(plan.files)} files verified"
     _say(f"{plan.entry.name} is here: {count}, in {plan.target}.", quiet)
+
+
+def _quantised(plan: Plan, made: Entry, keep: bool = False, rate: float | None = None, yes: bool = False,
+               quiet: bool = False) -> None:
+    """The same for a model that is made of the plan's checkpoint while it arrives."""
+    from dsv4cli.commands import pull_quantised
+    from dsv4cli.registry.streamed import Streamed
+
+    manner = pull_quantised.Manner(rate, quiet, lambda question: yes or not sys.stdin.isatty() or agreed(question))
+    pull_quantised.carry_out(Streamed(plan, made, keep and plan.entry.path is None), manner)
 
 
 def described(plan: Plan) -> list[str]:
@@ -89,7 +111,11 @@ def offer(entry: Entry) -> None:
     console.note(f"{entry.name} is not on this machine.")
     from dsv4cli.registry import pull as puller
 
-    carry_out(puller.plan(entry))
+    plan = puller.plan(catalog.source_of(entry))
+    if entry.recipe:
+        _quantised(plan, entry)
+    else:
+        carry_out(plan)
 
 
 def agreed(question: str, default: bool = True) -> bool:

@@ -66,6 +66,7 @@ def _summary(state: State) -> str:
     share = 100 * done // state.total if state.total else 100
     rest = f", {duration(left)} left" if left is not None else ""
     files = f" ({', '.join(list(state.current)[:4])})" if state.current else ""
+    rest += f", {state.beside}" if state.beside else ""
     return f"{share} %, {in_bytes(done)} of {in_bytes(state.total)}, {in_bytes(int(state.rate))}/s{rest}{files}"
 
 
@@ -84,6 +85,7 @@ def _bars(states: Iterator[State], what: str) -> State:
 def _draw(bar: Any, whole: Any, shown: dict[str, Any], state: State) -> None:
     left = state.seconds_left
     rest = f"  {duration(left)} left" if left is not None else ""
+    rest += f"  {state.beside}" if state.beside else ""
     told = f"{in_bytes(state.done)} of {in_bytes(state.total)}  {in_bytes(int(state.rate))}/s{rest}"
     bar.update(whole, total=max(state.total, 1), completed=state.done, told=told)
     current = dict(state.current)

@@ -41,6 +41,7 @@ class Entry:
     pick      of a repo with several GGUF files, the one that is meant: a file or a quantisation
     asked     whether the user named the revision, so that no other will do
     context   in tokens, where a manifest says it; `files` likewise: path, size and SHA-256
+    recipe    of a model that dsv4 pull makes of a checkpoint with dsv4 quantize's recipe; "" for one that is published so
     """
 
     name: str
@@ -60,6 +61,7 @@ class Entry:
     asked: bool = False
     context: int = 0
     files: tuple[tuple[str, int, str], ...] = ()
+    recipe: str = ""
 
     def located(self) -> Path:
         """The path. Raises Dsv4Error if the model is not on this machine, saying where it was looked for."""
@@ -80,6 +82,9 @@ def resolve(name: str) -> Entry:
     alias = name.lower()
     if alias in known:
         return _found(known[alias])
+    base, _, recipe = alias.rpartition(":")
+    if base in known and not known[base].bundled:
+        return made(known[base], recipe)
     here = Path(name).expanduser()
     if _exists(here):
         return _at(here)
@@ -91,6 +96,20 @@ def resolve(name: str) -> Entry:
                       quant="gguf" if spec["pick"] else "official", license="")
         return _found(next((entry for entry in known.values() if entry.repo == name), named))
     raise UsageError(f"There is no model called {name}.", nearest(name, list(known)))
+
+
+def made(entry: Entry, recipe: str) -> Entry:
+    """The model that a recipe makes of a checkpoint. Raises WrongUse for a name that is no recipe."""
+    from dsv4_quant.recipe import named
+
+    name = named(recipe).name
+    return _found(replace(entry, name=f"{entry.name}:{name}", recipe=name, quant=name, path=None, pick="", note="", files=(),
+                          shards=0, tensors=0, nbytes=0))
+
+
+def source_of(entry: Entry) -> Entry:
+    """The checkpoint that a model is made of; a model that is published so is its own."""
+    return resolve(entry.name.removesuffix(f":{entry.recipe}")) if entry.recipe else entry
 
 
 def names_model(word: str) -> bool:
@@ -148,7 +167,7 @@ def _of_manifest(manifest: store.Manifest, known: Entry | None = None) -> Entry:
     known = known or Entry(manifest.name, license="")
     return replace(known, path=manifest.path, repo=manifest.repo or known.repo, revision=manifest.revision or known.revision,
                    release=manifest.release or known.release, quant=manifest.quant, license=manifest.license or known.license,
-                   context=manifest.context, files=manifest.files)
+                   context=manifest.context, files=manifest.files, recipe=manifest.recipe)
 
 
 def _found(entry: Entry) -> Entry:
@@ -159,7 +178,9 @@ def _found(entry: Entry) -> Entry:
     for manifest in store.manifests():
         if manifest.name == entry.name:
             return _of_manifest(manifest, entry)
-    snapshot = store.hub_snapshot(entry.repo, entry.revision, entry.pick) if entry.repo else None
+    if not entry.repo or entry.recipe:
+        return entry
+    snapshot = store.hub_snapshot(entry.repo, entry.revision, entry.pick)
     if snapshot and (not entry.asked or store.commit_of(snapshot) == entry.revision):
         return replace(entry, path=snapshot, revision=store.commit_of(snapshot))
     return entry

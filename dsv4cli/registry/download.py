@@ -2,7 +2,8 @@
 
 `Download.run` yields now and then so that its caller can draw; `Download.state` is what to draw. A file counts (gets its
 name) when its digest is the hub's and its header makes sense. Whoever wants the files one by one gives `arrived`: it is
-called in the file's own thread and may consume and delete the file, and with two workers no more than two are on the disk.
+called in the file's own thread, for files that are here already too, and may consume and delete the file; with two workers no
+more than two are on the disk.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dsv4cli.registry.incoming import Incoming, Part
 
 WORKERS = 4
 FRAME = 0.1  # seconds between two looks at the state
-LEFT_BEHIND = 2.0  # seconds
+LEFT_BEHIND = 2.0  # seconds, of all threads together
 AGAIN = "Run the same command again; files that did not change are kept."
 
 
@@ -36,6 +37,7 @@ class State:
     current   path -> (bytes here, size) of the files under way
     fetched   bytes that came over the network in this run
     waiting   path -> why it waits, while a file waits for another try
+    beside    what else there is to tell, for whoever draws it
     """
 
     total: int
@@ -43,6 +45,7 @@ class State:
     current: dict[str, tuple[int, int]] = field(default_factory=dict)
     fetched: int = 0
     waiting: dict[str, str] = field(default_factory=dict)
+    beside: str = ""
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -80,13 +83,17 @@ class Stopped(Exception):  # noqa: N818 - not an error: another thread failed, o
 
 
 class Download:
-    """`files` of `repo` at `commit` into `incoming`; those that are there and verified are not touched."""
+    """`files` of `repo` at `commit` into `incoming`; those that are there and verified are not touched.
+
+    A file is begun when `admitted` says so; until then it is asked again and again.
+    """
 
     def __init__(self, repo: str, commit: str, files: Sequence[RemoteFile], incoming: Incoming, *, workers: int = WORKERS,
-                 rate: float | None = None, arrived: Callable[[RemoteFile, Path], None] | None = None) -> None:
+                 rate: float | None = None, arrived: Callable[[RemoteFile, Path], None] | None = None,
+                 admitted: Callable[[RemoteFile], bool] = lambda file: True) -> None:
         self.repo, self.commit, self.incoming = repo, commit, incoming
-        self._arrived = arrived
-        todo = [file for file in files if not (incoming.has(file) or (arrived and incoming.consumed(file)))]
+        self._arrived, self._admitted = arrived, admitted
+        todo = [file for file in files if arrived or not incoming.has(file)]
         self.state = State(sum(file.size for file in files))
         self.state.settled = self.state.total - sum(file.size for file in todo)
         self._queue: SimpleQueue[RemoteFile] = SimpleQueue()
@@ -109,8 +116,9 @@ class Download:
                     yield self.state
         finally:
             self._stop.set()
-        for thread in threads:  # after a failure each ends with its next bytes; one that gets none is left behind
-            thread.join(LEFT_BEHIND)
+            until = time.monotonic() + LEFT_BEHIND
+            for thread in threads:  # each writes what it has when its next bytes come; one that gets none is left behind
+                thread.join(max(0.0, until - time.monotonic()))
         if self._error:
             raise self._error
         yield self.state
@@ -119,7 +127,10 @@ class Download:
         with suppress(Stopped, Empty):
             try:
                 while not self._stop.is_set():
-                    self._one(self._queue.get_nowait())
+                    file = self._queue.get_nowait()
+                    while not self._admitted(file):
+                        self._rest(FRAME)
+                    self._one(file)
             except (Stopped, Empty):
                 raise
             except BaseException as error:  # the first one is raised by `run`; the others are its echo
@@ -127,7 +138,16 @@ class Download:
                 self._stop.set()
 
     def _one(self, file: RemoteFile) -> None:
-        """Fetches, verifies and hands over one file. What has the wrong content is fetched once more from its beginning."""
+        """Fetches, verifies and hands over one file."""
+        path = self.incoming.final(file) if self.incoming.has(file) else self._verified(file)
+        self.state.current[file.path] = (file.size, file.size)
+        if self._arrived:
+            self._arrived(file, path)
+        self.state.current.pop(file.path)
+        self.state.settled += file.size
+
+    def _verified(self, file: RemoteFile) -> Path:
+        """Fetches a file; its final path. What has the wrong content is fetched once more from its beginning."""
         for last in (False, True):
             part = self.incoming.prepare(file)
             sha256, git = self._fetched(file, part)
@@ -140,16 +160,12 @@ class Download:
             check_file(part, file.path)
         except QuantError as error:
             raise type(error)(f"{self.repo}: {error.message}", "The file is as published; use another revision.") from None
-        path = self.incoming.verified(file, sha256)
-        self.state.settled += file.size
-        self.state.current.pop(file.path, None)
-        if self._arrived:
-            self._arrived(file, path)
+        return self.incoming.verified(file, sha256)
 
     def _fetched(self, file: RemoteFile, path: Path) -> tuple[str, str]:
         """Completes the part; its digests."""
         while True:
-            with Part(path, file.size) as part:
+            with Part(path, file.size, alone=self._workers == 1) as part:
                 self.state.current[file.path] = (part.here, file.size)
                 if part.here <= file.size and self._complete(file, part):
                     return part.finish()

@@ -5,19 +5,43 @@ from __future__ import annotations
 import errno
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import RawIOBase
 from pathlib import Path
 
-PIECE = 1 << 20  # bytes read at once: large enough that hashing runs without the interpreter's lock most of the time
+PIECE = 1 << 22  # bytes read at once: threads that ask for the interpreter's lock often cost more than the hashing
 LARGEST_GIT = 64 << 20  # files beyond are in LFS or xet, and known by their SHA-256
+
+
+class Companion:
+    """Hashes a file in the thread that writes it, which leaves the interpreter to other files' threads meanwhile. This takes
+    no time but the hash's own; but one file alone would wait for it."""
+
+    def __init__(self, size: int) -> None:
+        """`size` is what the finished file will have, which git's digest begins with."""
+        self._digests = Digests(size)
+
+    def start(self) -> None:
+        pass
+
+    def grown(self, size: int, data: Sequence[memoryview] = ()) -> None:
+        """`data` was appended."""
+        for one in data:
+            self._digests.update(one)
+
+    def finish(self, size: int) -> tuple[str, str]:
+        """`Digests.result` of all."""
+        return self._digests.result()
+
+    def abandon(self) -> None:
+        pass
 
 
 class Follower(threading.Thread):
     """Hashes a file while another thread appends to it, so that neither waits for the other.
 
-    It reads what the file holds, not what came over the network: what is resumed is hashed from the first byte, and what is
-    compared in the end is what is on the disk. A digest's inner state cannot be stored, so each run hashes from the start.
+    It reads what the file holds, not what came over the network: what is resumed is hashed from the first byte while the rest
+    comes. A digest's inner state cannot be stored, so each run hashes from the start.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -29,7 +53,7 @@ class Follower(threading.Thread):
         self._news = threading.Condition()
         self._error: OSError | None = None
 
-    def grown(self, size: int) -> None:
+    def grown(self, size: int, data: Sequence[memoryview] = ()) -> None:
         """The file has `size` bytes now."""
         if size - self._written >= PIECE:
             with self._news:

@@ -17,10 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dsv4cli.errors import CapacityError
-from dsv4cli.registry.hashing import Follower
+from dsv4cli.registry.hashing import Companion, Follower
 from dsv4cli.registry.hub import KEPT, RemoteFile
 
 JOURNAL = "journal.json"
+BATCH, MOST_PENDING = 1 << 20, 512  # bytes, and pieces of any size, that are written at once
 
 
 class Incoming:
@@ -44,11 +45,6 @@ class Incoming:
         """Whether the file is here and verified."""
         entry = self._verified.get(file.path)
         return entry is not None and entry.get("digest") == file.digest and _size(self.final(file)) == file.size
-
-    def consumed(self, file: RemoteFile) -> bool:
-        """Whether the file was verified and then handed over to somebody who needed it no longer."""
-        entry = self._verified.get(file.path)
-        return entry is not None and entry.get("digest") == file.digest and not self.final(file).exists()
 
     def present(self, file: RemoteFile) -> int:
         """Bytes of the file that are here, verified or not."""
@@ -99,39 +95,58 @@ class Incoming:
 
 
 class Part:
-    """The growing file of one download, hashed as it grows. `here` is how many bytes it has. Raises CapacityError."""
+    """The growing file of one download, hashed as it grows. `here` is how many bytes it has. Raises CapacityError.
 
-    def __init__(self, path: Path, size: int) -> None:
+    What is appended is written a megabyte at a time. `alone`: no other file grows meanwhile.
+    """
+
+    def __init__(self, path: Path, size: int, alone: bool = False) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
         self._path, self._size = path, size
         with writing(path.parent):
             self._descriptor = os.open(path, flags, 0o644)
         self.here = os.fstat(self._descriptor).st_size
-        self._follower = Follower(path, size)
-        self._follower.grown(min(self.here, size))
-        self._follower.start()
+        self._pending: list[memoryview] = []
+        self._written = self.here
+        self._hash = Follower(path, size) if alone or self.here else Companion(size)
+        self._hash.grown(min(self.here, size))
+        self._hash.start()
 
     def __enter__(self) -> Part:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._follower.abandon()
+        with suppress(CapacityError):  # then what ended it is worse, or is this
+            self._flush()
+        self._hash.abandon()
         os.close(self._descriptor)
 
     def append(self, data: bytes) -> None:
-        view = memoryview(data)
+        self._pending.append(memoryview(data))
+        self.here += len(data)
+        if self.here - self._written >= BATCH or len(self._pending) >= MOST_PENDING:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Writes what is pending; what was not written after an error is forgotten."""
+        data, self._pending = self._pending, []
+        left = list(data)
         with writing(self._path.parent):
-            while view:
-                count = os.write(self._descriptor, view)
-                self.here += count
-                view = view[count:]
-        self._follower.grown(self.here)
+            while left:
+                count = _written(self._descriptor, left)
+                self._written += count
+                while left and count >= len(left[0]):
+                    count -= len(left.pop(0))
+                if left:
+                    left[0] = left[0][count:]
+        self._hash.grown(self._written, data)
 
     def finish(self) -> tuple[str, str]:
         """`Digests.result` of the whole file, which is on the disk then."""
+        self._flush()
         with writing(self._path.parent):
             os.fsync(self._descriptor)
-            return self._follower.finish(self._size)
+            return self._hash.finish(self._size)
 
 
 @contextmanager
@@ -152,6 +167,13 @@ def free(folder: Path) -> int:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def _written(descriptor: int, data: list[memoryview]) -> int:
+    """Writes some of the data, from its beginning; how many bytes."""
+    if hasattr(os, "writev"):
+        return os.writev(descriptor, data)
+    return os.write(descriptor, data[0])
 
 
 def _size(path: Path) -> int | None:

@@ -10,13 +10,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -71,6 +70,25 @@ class Plan:
         rate = usage.rate()
         return self.missing / rate if rate else None
 
+    def as_pulled(self, folder: Path) -> Entry:
+        """What the model is called, and where it comes from, once it is installed. `folder` has its config.json, if any."""
+        config = folder / "config.json"
+        twin = catalog.published(config) if config.exists() else None
+        return replace(self.entry, repo=self.listing.repo, revision=self.listing.commit, release=(twin or self.entry).release,
+                       license=self.entry.license or self.listing.license)
+
+    def adopt(self, incoming: Incoming, files: Iterable[RemoteFile]) -> None:
+        """Links files that are on this disk already: of the revision installed before, in the hub's cache, or on their
+        way in. They are hashed like everything else."""
+        blobs = paths.hub_cache() / f"models--{self.listing.repo.replace('/', '--')}" / "blobs"
+        installed = {path: sha256 for path, _, sha256 in self.entry.files}
+        for file in files:
+            if file.path in installed and file.sha256 in (None, installed[file.path]):
+                incoming.adopt(file, self.target / file.path)
+            incoming.adopt(file, blobs / file.digest)
+            if incoming is not self.incoming and self.incoming.has(file):
+                incoming.adopt(file, self.incoming.final(file))
+
     def check_disk(self) -> None:
         """Raises CapacityError if what is missing does not fit."""
         if self.missing > self.free:
@@ -102,6 +120,9 @@ def chosen(listing: Listing, pick: str, include: Sequence[str]) -> tuple[list[Re
     beside = [path for path in by_path if "/" not in path and any(fnmatch(path, pattern) for pattern in BESIDE)]
     more = [path for path in by_path if any(fnmatch(path, pattern) for pattern in include)]
     shards = [path for path in by_path if "/" not in path and path.endswith(".safetensors")]
+    if "config.json" in by_path and shards and pick and not store.ggufs(list(by_path)):
+        raise HubError(f"{listing.repo} holds a checkpoint and no GGUF called {pick}.",
+                       f"Make one while it arrives: dsv4 pull {listing.repo} --quant {pick}")
     if "config.json" in by_path and shards and not pick:
         wanted, weights = {*beside, *shards, *more}, ""
     else:
@@ -142,7 +163,7 @@ class Pull:
             if plan.incoming.folder.is_dir():
                 with writing(plan.incoming.folder):
                     plan.incoming.clean(list(plan.files))
-            self._adopt()
+            plan.adopt(plan.incoming, plan.files)
             plan.check_disk()
             config = [file for file in plan.files if file.path == "config.json"]
             for _ in self._download(config).run():  # a model that dsv4 cannot read is refused before its weights
@@ -151,49 +172,37 @@ class Pull:
             yield from download.run()
             if download.state.fetched > WORTH_NOTING:
                 usage.note_rate(download.state.rate)
-            self._install()
+            self.install()
 
     def _download(self, files: Sequence[RemoteFile]) -> Download:
         listing = self.plan.listing
         return Download(listing.repo, listing.commit, files, self.plan.incoming, workers=self._workers, rate=self._rate)
 
-    def _adopt(self) -> None:
-        """Links files that are on this disk already: of the revision installed before, or in the hub's cache."""
-        plan = self.plan
-        blobs = paths.hub_cache() / f"models--{plan.listing.repo.replace('/', '--')}" / "blobs"
-        installed = {path: sha256 for path, _, sha256 in plan.entry.files}
-        for file in plan.files:
-            if file.path in installed and file.sha256 in (None, installed[file.path]):
-                plan.incoming.adopt(file, plan.target / file.path)  # it is hashed like everything else
-            plan.incoming.adopt(file, blobs / file.digest)
-
-    def _install(self) -> None:
+    def install(self) -> None:
         """Checks the files together, writes the manifest, and gives the folder its place."""
         plan, folder = self.plan, self.plan.incoming.folder
         header = read_header(folder / plan.weights)
-        (folder / store.MANIFEST).unlink(missing_ok=True)
-        manifest = self._manifest(header.config.max_position_embeddings)
-        with writing(folder):
-            draft = folder / f"{store.MANIFEST}.new"
-            draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            with draft.open("rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(draft, folder / store.MANIFEST)
-            _swap(folder, plan.target)
-            (plan.target / JOURNAL).unlink(missing_ok=True)
+        quant = QUANT.search(plan.weights)
+        files = [(file.path, file.size, plan.incoming.sha256(file)) for file in plan.files]
+        write_manifest(folder, plan.as_pulled(folder), context=header.config.max_position_embeddings, file=plan.weights,
+                       quant=(quant[1].lower() if quant else "gguf") if plan.weights else "official", files=files)
+        place(folder, plan.target)
         usage.note(plan.target / plan.weights, "verified")
 
-    def _manifest(self, context: int) -> dict[str, Any]:
-        plan, entry = self.plan, self.plan.entry
-        config = plan.incoming.folder / "config.json"
-        twin = catalog.published(config) if config.exists() else None
-        files = [{"path": file.path, "size": file.size, "sha256": plan.incoming.sha256(file)} for file in plan.files]
-        quant = QUANT.search(plan.weights)
-        return {"name": entry.name, "repo": plan.listing.repo, "revision": plan.listing.commit,
-                "release": (twin or entry).release, "license": entry.license or plan.listing.license,
-                "quant": (quant[1].lower() if quant else "gguf") if plan.weights else "official", "file": plan.weights,
-                "context": context, "pulled": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "dsv4": __version__, "files": files}
+
+def write_manifest(folder: Path, entry: Entry, *, context: int, file: str, quant: str, files: Sequence[tuple[str, int, str]],
+                   recipe: str = "") -> None:
+    """Says in `folder` what model it is, in one step. `file`: the GGUF, or "" for a checkpoint; `files`: path, size, SHA-256."""
+    listed = [{"path": path, "size": size, "sha256": sha256} for path, size, sha256 in files]
+    manifest = {"name": entry.name, "repo": entry.repo, "revision": entry.revision, "release": entry.release,
+                "license": entry.license, "quant": quant, "file": file, "context": context, "recipe": recipe,
+                "pulled": datetime.now(timezone.utc).isoformat(timespec="seconds"), "dsv4": __version__, "files": listed}
+    with writing(folder):
+        draft = folder / f"{store.MANIFEST}.new"
+        draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        with draft.open("rb+") as opened:
+            os.fsync(opened.fileno())
+        os.replace(draft, folder / store.MANIFEST)
 
 
 @contextmanager
@@ -214,8 +223,15 @@ def locked(name: str) -> Iterator[None]:
         lock.release()
 
 
+def place(folder: Path, target: Path) -> None:
+    """Renames `folder`, which has its manifest, to `target`. A model that is there makes room; a folder that is no model
+    does not."""
+    with writing(folder):
+        _swap(folder, target)
+        (target / JOURNAL).unlink(missing_ok=True)
+
+
 def _swap(folder: Path, target: Path) -> None:
-    """Renames `folder` to `target`. A model that is there makes room; a folder that is no model does not."""
     old = folder.with_name(f"{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

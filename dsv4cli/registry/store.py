@@ -19,7 +19,7 @@ from dsv4cli.errors import UsageError
 
 MANIFEST = "manifest.json"
 INCOMING = "incoming"  # in the models folder: models on their way in
-KEYS = ("repo", "revision", "release", "quant", "license", "context")
+KEYS = ("repo", "revision", "release", "quant", "license", "context", "recipe")
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.(safetensors|gguf)$")
 
 
@@ -28,7 +28,8 @@ class Manifest:
     """What a finished model folder says about itself. A folder without one does not count as a model.
 
     context   the longest that the model was made for, in tokens; 0 where nobody wrote it down
-    files     path -> (size, SHA-256) of everything that was fetched; empty for a model that was put there by hand
+    recipe    of a GGUF that was made here of the repo's checkpoint, with what; empty for what was fetched as it is
+    files     path -> (size, SHA-256) of everything that was installed; empty for a model that was put there by hand
     """
 
     name: str
@@ -39,6 +40,7 @@ class Manifest:
     quant: str = "official"
     license: str = ""
     context: int = 0
+    recipe: str = ""
     files: tuple[tuple[str, int, str], ...] = ()
 
     @property
@@ -52,6 +54,11 @@ def folder_name(name: str) -> str:
     return name.replace("/", "--").replace(":", "+")
 
 
+def name_of(folder: Path) -> str:
+    """The model whose folder this is; what `folder_name` does, undone."""
+    return folder.name.replace("--", "/").replace("+", ":")
+
+
 def unfinished() -> Iterator[Path]:
     """Folders of models on their way in."""
     for folder in sorted((paths.models() / INCOMING).glob("*")):
@@ -59,9 +66,9 @@ def unfinished() -> Iterator[Path]:
             yield folder
 
 
-def manifests() -> Iterator[Manifest]:
-    """The finished models in the models folder, by folder. One with a damaged manifest counts as unfinished."""
-    folder = paths.models()
+def manifests(folder: Path | None = None) -> Iterator[Manifest]:
+    """The finished models in the models folder (or another), by folder. One with a damaged manifest counts as unfinished."""
+    folder = folder or paths.models()
     for file in sorted(folder.glob(f"*/{MANIFEST}")) if folder.is_dir() else ():
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))

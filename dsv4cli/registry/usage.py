@@ -17,8 +17,8 @@ def note(path: Path, what: str) -> None:
     _change(str(path.resolve()), what, datetime.now(timezone.utc).isoformat(timespec="seconds"))
 
 
-def note_rate(rate: float) -> None:
-    _change("", "rate", rate)
+def note_rate(rate: float, kind: str = "rate") -> None:
+    _change("", kind, rate)
 
 
 def when(path: Path, what: str) -> datetime | None:
@@ -27,9 +27,9 @@ def when(path: Path, what: str) -> datetime | None:
     return None
 
 
-def rate() -> float | None:
-    """Bytes a second of the last download."""
-    value = _read().get("", {}).get("rate")
+def rate(kind: str = "rate") -> float | None:
+    """Bytes a second of the last download, or of something else that was noted as `kind`."""
+    value = _read().get("", {}).get(kind)
     return float(value) if isinstance(value, (int, float)) and value > 0 else None
 
 

@@ -13,24 +13,24 @@ from pathlib import Path
 from dsv4_quant.files.headers import read_header
 from dsv4cli import paths
 from dsv4cli.errors import Dsv4Error
-from dsv4cli.registry import hashing, store, usage
-from dsv4cli.registry.catalog import Entry
+from dsv4cli.registry import hashing, hub, store, usage
+from dsv4cli.registry.catalog import Entry, source_of
 from dsv4cli.registry.download import FRAME, WORKERS, Download, State
 from dsv4cli.registry.hub import RemoteFile
 from dsv4cli.registry.incoming import Incoming, writing
 from dsv4cli.registry.pull import locked
 
-SHA256 = re.compile(r"[0-9a-f]{64}")
+BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 THREADS = 4  # a disk that is asked by more becomes no faster
 
 
 @dataclass(frozen=True)
 class Bad:
-    """A file that is not what it should be, and why."""
+    """A file that is not what it should be, and why. `digest`: its SHA-256, or git's for a small one in the hub's cache."""
 
     path: str
     size: int
-    sha256: str
+    digest: str
     reason: str
 
 
@@ -51,7 +51,7 @@ class Check:
         """
         stop, lock = threading.Event(), threading.Lock()
         with ThreadPoolExecutor(THREADS) as pool:
-            tasks = [pool.submit(self._one, path, size, sha256, stop, lock) for path, size, sha256 in self.files]
+            tasks = [pool.submit(self._one, path, size, digest, stop, lock) for path, size, digest in self.files]
             try:
                 while wait(tasks, FRAME).not_done:
                     yield self.state
@@ -66,7 +66,7 @@ class Check:
             if self.files:
                 usage.note(self.entry.located(), "verified")
 
-    def _one(self, path: str, size: int, sha256: str, stop: threading.Event, lock: threading.Lock) -> None:
+    def _one(self, path: str, size: int, digest: str, stop: threading.Event, lock: threading.Lock) -> None:
         def hashed(nbytes: int) -> None:
             if stop.is_set():
                 raise InterruptedError
@@ -77,14 +77,14 @@ class Check:
         file = self.folder / path
         try:
             there = file.stat().st_size
-            found = hashing.of_file(file, hashed)[0] if there == size else ""
+            found = hashing.of_file(file, hashed) if there == size else ()
             reason = f"has {there} bytes instead of {size}" if there != size else "has other content than was published"
         except InterruptedError:
             return
         except OSError as error:
-            found, reason = "", "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-        if found != sha256:
-            self.bad.append(Bad(path, size, sha256, reason))
+            found, reason = (), "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        if digest not in found:
+            self.bad.append(Bad(path, size, digest, reason))
 
 
 def check(entry: Entry) -> Check:
@@ -98,20 +98,29 @@ def check(entry: Entry) -> Check:
 def repair(entry: Entry, bad: Sequence[Bad], workers: int = WORKERS, rate: float | None = None) -> Iterator[State]:
     """Fetches the bad files alone and puts each in its place; yields the download's state. Raises as `Pull.run`.
 
-    Raises Dsv4Error for a model that has no manifest with a repo and a commit.
+    Raises Dsv4Error for a model that was made here, or of which nothing says where it comes from.
     """
-    if not (entry.files and entry.repo and entry.revision):
+    path = entry.located()
+    if entry.recipe:
+        raise Dsv4Error(f"{entry.name} was made here, so the hub has no copy of it.",
+                        f"Make it again: dsv4 rm {entry.name}, then dsv4 pull {source_of(entry).name} --quant {entry.recipe}")
+    cached = paths.hub_cache() in path.parents
+    if not (entry.repo and entry.revision and (entry.files or cached)):
         raise Dsv4Error(f"{entry.name} was not fetched by dsv4 pull, so nothing says where its files come from.",
                         f"Fetch it with: dsv4 pull {entry.repo or entry.name}" if entry.repo else "Get the files again by hand.")
-    folder = _root(entry)
     with locked(entry.name):
-        incoming = Incoming(paths.models() / store.INCOMING / f"{store.folder_name(entry.name)}.repair")
-        files = [RemoteFile(one.path, one.size, one.sha256) for one in bad]
+        if cached:
+            folder, files = path if path.is_dir() else path.parent, _published(entry.repo, entry.revision, bad)
+            incoming = Incoming(folder.parents[1] / "dsv4-repair")  # on the cache's own disk
+        else:
+            folder, files = _root(entry), [RemoteFile(one.path, one.size, one.digest) for one in bad]
+            incoming = Incoming(paths.models() / store.INCOMING / f"{store.folder_name(entry.name)}.repair")
         yield from Download(entry.repo, entry.revision, files, incoming, workers=workers, rate=rate).run()
         with writing(folder):
             for file in files:
-                (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(incoming.final(file), folder / file.path)
+                place = (folder / file.path).resolve()  # in the cache a blob, to which the name is a link
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(incoming.final(file), place)
             incoming.remove()
 
 
@@ -120,8 +129,14 @@ def _root(entry: Entry) -> Path:
     return next(manifest.root for manifest in store.manifests() if manifest.path == entry.path)
 
 
+def _published(repo: str, commit: str, bad: Sequence[Bad]) -> list[RemoteFile]:
+    """The bad files as the hub has them: the cache does not know how long they should be."""
+    wanted = {one.path for one in bad}
+    return [file for file in hub.listing(repo, commit).files if file.path in wanted]
+
+
 def _of_hub_cache(snapshot: Path) -> Iterator[tuple[str, int, str]]:
-    """The large files of a snapshot: links to blobs which are called by their SHA-256."""
+    """The files of a snapshot: links to blobs, which are called by their SHA-256, or by git's digest."""
     for link in sorted(snapshot.glob("*")):
-        if link.is_symlink() and SHA256.fullmatch(link.resolve().name) and link.exists():
-            yield link.name, link.stat().st_size, link.resolve().name
+        if link.is_symlink() and BLOB.fullmatch(link.resolve().name):
+            yield link.name, link.stat().st_size if link.exists() else 0, link.resolve().name

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,34 +64,12 @@ def convert(
     force: bool = False,
     report: Report = lambda done, total, name: None,
 ) -> None:
-    """Writes the plan's files, going on where an earlier run of the same work was stopped.
-
-    Without an importance matrix the weights' own energy stands in. With `force` existing output is replaced and another's
-    unfinished work given up. Raises WrongUse for output that exists, other unfinished work, and importance of another model;
-    NotEnoughRoom; and what `encode_piece` raises. After KeyboardInterrupt what was finished is noted.
-    """
-    if importance is None and plan.weighed:
-        importance = WeightEnergy(source)
-    elif importance is not None:
-        _check_importance(plan, importance)
-    drafts, journal = Drafts(plan), Journal(journal_of(plan.output))
-    try:
-        work = plan.fingerprint(importance.fingerprint if importance else "", torch.device(device).type)
-        _prepare(drafts, journal, work, force)
-        if not journal.complete:
-            lookup = importance.for_tensor if importance is not None else no_importance
-            with _opened(drafts):
-                _Run(plan, source, drafts, journal, lookup, device, report).all_pieces(workers or usual_workers())
-            drafts.check()
-            journal.finish()
-        drafts.publish()
-        journal.remove()
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise NotEnoughRoom(f"The disk is full: {plan.output} needs {plan.nbytes:,} bytes in all.", FULL) from None
-    finally:
-        journal.close()
+    """Writes the plan's files, going on where an earlier run of the same work was stopped. Arguments and errors are
+    those of `Conversion`; after KeyboardInterrupt what was finished is noted."""
+    with Conversion(plan, source, importance=importance, workers=workers, device=device, force=force, report=report) as work:
+        work.encode(work.todo())
+        work.finish()
+        work.forget()
 
 
 def journal_of(output: Path) -> Path:
@@ -149,62 +127,120 @@ def _check_importance(plan: Plan, importance: Importance) -> None:
                 )
 
 
-@contextmanager
-def _opened(drafts: Drafts) -> Iterator[None]:
-    drafts.open()
-    try:
-        yield
-    finally:
-        drafts.close()
+class Halted(Exception):  # noqa: N818 - not an error: the work was told to stop
+    """Ends `Conversion.encode` after `halt`; what was finished is noted."""
 
 
-class _Run:
-    """One run over the pieces that are not done yet."""
+class Conversion:
+    """The work on a plan's files: `encode` pieces in any order, `finish` when all are done, `forget` when the files are safe.
+
+    Without an importance matrix the weights' own energy stands in. With `force` existing output is replaced and another's
+    unfinished work given up. Entering raises WrongUse for output that exists, other unfinished work, and importance of another
+    model, and NotEnoughRoom; NotEnoughRoom is also what a full disk becomes on leaving.
+    """
 
     def __init__(
-        self, plan: Plan, source: Source, drafts: Drafts, journal: Journal, lookup: Lookup, device: str, report: Report
-    ) -> None:
-        self.plan, self.source, self.drafts, self.journal = plan, source, drafts, journal
-        self.lookup, self.device, self.report = lookup, device, report
+        self, plan: Plan, source: Source, *, importance: Importance | None = None, workers: int | None = None,
+        device: str = "cpu", force: bool = False, report: Report = lambda done, total, name: None,
+    ) -> None:  # fmt: skip
+        if importance is None and plan.weighed:
+            importance = WeightEnergy(source)
+        elif importance is not None:
+            _check_importance(plan, importance)
+        self.plan, self.source, self.report = plan, source, report
+        self.work = plan.fingerprint(importance.fingerprint if importance else "", torch.device(device).type)
         self.total = sum(target.nbytes for target in plan.targets)
-        self.done = sum(piece.nbytes for piece in plan.each_piece() if piece.number in journal.done)
-        self.fresh: list[int] = []  # written, not yet noted
-        self.noted = time.monotonic()
+        self.done = 0  # bytes
+        self._lookup: Lookup = importance.for_tensor if importance is not None else no_importance
+        self._workers, self._device, self._force = workers or usual_workers(), device, force
+        self._drafts = Drafts(plan)
+        self._fresh: list[int] = []  # written, not yet noted
+        self._noted = 0.0
+        self._busy, self._halted = threading.Lock(), False
 
-    def all_pieces(self, workers: int) -> None:
-        """Encodes and writes; whatever ends it early, what was finished is noted."""
-        todo = (piece for piece in self.plan.each_piece() if piece.number not in self.journal.done)
-        threads = torch.get_num_threads()
-        torch.set_num_threads(max(1, threads // workers))
-        pool = ThreadPoolExecutor(workers)
-        running = {pool.submit(self._one, piece) for piece in islice(todo, 2 * workers)}
+    def __enter__(self) -> Conversion:
+        self._journal = Journal(journal_of(self.plan.output))
         try:
-            while running:
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    self._finished(future.result())
-                running |= {pool.submit(self._one, piece) for piece in islice(todo, len(finished))}
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            self.fresh += [future.result().number for future in running if _went_well(future)]
-            self._note()
-            torch.set_num_threads(threads)
+            _prepare(self._drafts, self._journal, self.work, self._force)
+            if not self._journal.complete:
+                self._drafts.open()
+        except BaseException as error:
+            self.__exit__(type(error), error)
+            raise
+        self.done = self.total - sum(piece.nbytes for piece in self.todo())
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object = None) -> None:
+        self.halt()
+        with self._busy:  # another thread's pieces are written and noted
+            self._drafts.close()
+            self._journal.close()
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise NotEnoughRoom(
+                f"The disk is full: {self.plan.output} needs {self.plan.nbytes:,} bytes in all.", FULL
+            ) from None
+
+    def todo(self) -> Iterator[Piece]:
+        """The pieces that are not done."""
+        if self._journal.complete:
+            return iter(())
+        return (piece for piece in self.plan.each_piece() if piece.number not in self._journal.done)
+
+    def encode(self, pieces: Iterable[Piece]) -> None:
+        """Encodes and writes; whatever ends it early, what was finished is noted. Raises as `encode_piece`, and Halted."""
+        pieces = iter(pieces)
+        with self._busy:
+            if self._halted:
+                raise Halted
+            threads = torch.get_num_threads()
+            torch.set_num_threads(max(1, threads // self._workers))
+            self._noted = time.monotonic()
+            pool = ThreadPoolExecutor(self._workers)
+            running = {pool.submit(self._one, piece) for piece in islice(pieces, 2 * self._workers)}
+            try:
+                while running:
+                    finished, running = wait(running, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        self._finished(future.result())
+                    if self._halted:
+                        raise Halted
+                    running |= {pool.submit(self._one, piece) for piece in islice(pieces, len(finished))}
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+                self._fresh += [future.result().number for future in running if _went_well(future)]
+                self._note()
+                torch.set_num_threads(threads)
+
+    def halt(self) -> None:
+        """Ends `encode` soon, whichever thread is in it."""
+        self._halted = True
+
+    def finish(self) -> None:
+        """Checks the files and gives them their names. All pieces must be done."""
+        if not self._journal.complete:
+            self._drafts.check()
+            self._journal.finish()
+        self._drafts.publish()
+
+    def forget(self) -> None:
+        """Removes the journal: from here on the same work would begin anew."""
+        self._journal.remove()
 
     def _one(self, piece: Piece) -> Piece:
-        self.drafts.write(piece.target.part, piece.offset, encode_piece(self.source, piece, self.lookup, self.device))
+        self._drafts.write(piece.target.part, piece.offset, encode_piece(self.source, piece, self._lookup, self._device))
         return piece
 
     def _finished(self, piece: Piece) -> None:
-        self.fresh.append(piece.number)
+        self._fresh.append(piece.number)
         self.done += piece.nbytes
         self.report(self.done, self.total, piece.target.name)
-        if time.monotonic() - self.noted > COMMIT_SECONDS:
+        if time.monotonic() - self._noted > COMMIT_SECONDS:
             self._note()
 
     def _note(self) -> None:
-        self.drafts.sync()
-        self.journal.add(self.fresh)
-        self.fresh, self.noted = [], time.monotonic()
+        self._drafts.sync()
+        self._journal.add(self._fresh)
+        self._fresh, self._noted = [], time.monotonic()
 
 
 def _went_well(future: Future[Piece]) -> bool:

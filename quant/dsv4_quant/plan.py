@@ -137,12 +137,17 @@ class Plan:
         """A hex digest of all that decides about the bytes: source files, types, metadata, and `more`."""
         digest = hashlib.sha256(f"{PIECE}".encode())
         for path in sorted({info.file for info in self.source.tensors.values()}):
-            seen = path.stat()
-            digest.update(f"{path.resolve()} {seen.st_size} {seen.st_mtime_ns}\n".encode())
+            digest.update(f"{self.source.stamps.get(path) or _stamp(path)}\n".encode())
         for part in self.parts:
             digest.update(part.head)
         digest.update("\n".join(more).encode())
         return digest.hexdigest()
+
+
+def _stamp(path: Path) -> str:
+    """What tells a file from others."""
+    seen = path.stat()
+    return f"{path.resolve()} {seen.st_size} {seen.st_mtime_ns}"
 
 
 def make_plan(

@@ -30,7 +30,7 @@ def encode_piece(source: Source, piece: Piece, importance: Lookup = no_importanc
     CorruptFile for NaN and infinity in the source, WrongUse for values beyond the type, UnsupportedModel where it has no encoder.
     """
     target, rows = piece.target, slice(piece.first, piece.first + piece.rows)
-    packed = [source.read(name) for name in _official(piece)]
+    packed = [source.read(name) for name in officials(piece)]
     if len(packed) == 1 and (copied := _copied(packed[0], rows, piece, source)) is not None:
         encoded = copied
     else:
@@ -47,7 +47,7 @@ def encode_piece(source: Source, piece: Piece, importance: Lookup = no_importanc
     return found
 
 
-def _official(piece: Piece) -> tuple[str, ...]:
+def officials(piece: Piece) -> tuple[str, ...]:
     """The official tensors that the piece needs: one of a stack, or all that lie side by side."""
     names = piece.target.official
     return (names[piece.expert],) if piece.target.experts > 1 or len(piece.target.shape) == 3 else names
@@ -114,6 +114,6 @@ def _check_finite(values: Tensor, piece: Piece, source: Source) -> None:
     row, column = (int(index) for index in (~good).nonzero()[0])
     where = f"row {piece.first + row}, column {column}"
     raise CorruptFile(
-        f"{source.path}: {', '.join(_official(piece))} holds {float(values[row, column])} in {where}.",
+        f"{source.path}: {', '.join(officials(piece))} holds {float(values[row, column])} in {where}.",
         "The checkpoint is damaged; get it again.",
     )

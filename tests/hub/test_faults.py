@@ -217,16 +217,16 @@ def full_after(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The disk takes so many bytes more; a last write may fit in part."""
     left, lock, write = [nbytes], threading.Lock(), os.write
 
-    def bounded(descriptor: int, data: memoryview) -> int:
+    def bounded(descriptor: int, data: list[memoryview]) -> int:
         with lock:
             if not left[0]:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            count = write(descriptor, data[: left[0]])
+            count = write(descriptor, b"".join(data)[: left[0]])
             left[0] -= count
             return count
 
     with monkeypatch.context() as patched:
-        patched.setattr(receiving.os, "write", bounded)
+        patched.setattr(receiving.os, "writev", bounded)
         yield
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from dsv4cli import paths
@@ -18,7 +19,7 @@ from tests.support.program import Outcome
 from tests.support.terminal import Terminal
 
 Run = Callable[..., Outcome]
-THIRD = "model-00003-of-00004.safetensors"
+BIG, THIRD = "model-00002-of-00004.safetensors", "model-00003-of-00004.safetensors"
 
 
 @pytest.fixture
@@ -70,6 +71,29 @@ def test_a_repair_that_fails_leaves_the_model_as_it_was(run_dsv4: Run, hub: Hub,
     assert run_dsv4("verify", REPO, "--repair").code == 0
     assert [request.range for request in hub.log if request.path == THIRD][-1] == "bytes=50000-"
     assert_same(published)
+
+
+@pytest.mark.parametrize("name", [THIRD, "config.json"])
+def test_a_model_in_the_hubs_cache_is_repaired_there(run_dsv4: Run, hub: Hub, published: Path, name: str) -> None:
+    snapshot = Path(huggingface_hub.snapshot_download(REPO, endpoint=hub.address, cache_dir=paths.hub_cache()))
+    assert run_dsv4("verify", REPO).code == 0
+    flip(snapshot / name, 1)
+    found = run_dsv4("verify", REPO)
+    assert (found.code, f"{REPO}: {name} has other content" in found.err) == (4, True), found.err
+    hub.log.clear()
+    done = run_dsv4("verify", REPO, "--repair")
+    assert done.code == 0, done.err
+    assert hub.fetched() == [name]
+    assert (snapshot / name).is_symlink()
+    assert (snapshot / name).read_bytes() == (published / name).read_bytes()
+    (snapshot / THIRD).resolve().unlink()
+    with (snapshot / BIG).open("rb+") as shard:
+        shard.truncate(9)
+    hub.log.clear()
+    assert run_dsv4("verify", REPO, "--repair").code == 0
+    assert sorted(hub.fetched()) == [BIG, THIRD]
+    assert run_dsv4("verify", REPO).code == 0
+    assert not paths.models().joinpath(installed().name).exists()
 
 
 def test_what_nobody_published_cannot_be_compared(run_dsv4: Run, published: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_complete_copy_in_the_hubs_cache_is_used_as_it_is(run_dsv4: Run, hub: 
     assert str(paths.hub_cache()) in done.err
     assert len(hub.fetched()) == before
     assert not paths.models().exists()
-    assert "4 files" in run_dsv4("verify", REPO).err  # its blobs are called by their SHA-256
+    assert "7 files" in run_dsv4("verify", REPO).err  # its blobs are called by their digests
     assert run_dsv4("rm", REPO, "--yes").code == 0
     assert catalog.resolve(REPO).path is None
 
@@ -228,7 +228,8 @@ def test_without_a_terminal_a_missing_model_is_said(run_dsv4: Run) -> None:
 
 
 def test_each_file_can_be_handed_over_and_deleted(hub: Hub, published: Path, tmp_path: Path) -> None:
-    """The seam of quantising while it streams: no more files lie on the disk than there are workers; a second run skips them."""
+    """The seam of quantising while it streams: no more files lie on the disk than there are workers. What is here already is
+    handed over without being fetched."""
     listing = client.listing(REPO)
     files = [file for file in listing.files if file.path.endswith(".safetensors")]
     seen, most, folder = {}, [0], tmp_path / "incoming"
@@ -236,15 +237,39 @@ def test_each_file_can_be_handed_over_and_deleted(hub: Hub, published: Path, tmp
     def consume(file: client.RemoteFile, path: Path) -> None:
         most[0] = max(most[0], len([one for one in folder.iterdir() if one.suffix in (".safetensors", ".part")]))
         seen[file.path] = path.read_bytes()
-        path.unlink()
+        if file is not files[-1]:
+            path.unlink()
 
     for state in Download(REPO, listing.commit, files, Incoming(folder), workers=2, arrived=consume).run():
         assert state.done <= state.total + max(file.size for file in files)
     assert seen == {shard.name: shard.read_bytes() for shard in shards(published)}
     assert most[0] <= 2
     before = len(hub.fetched())
-    assert list(Download(REPO, listing.commit, files, Incoming(folder), arrived=consume).run())[-1].fetched == 0
+    seen.clear()
+    state = list(Download(REPO, listing.commit, files[-1:], Incoming(folder), arrived=consume).run())[-1]
+    assert (state.fetched, state.done, list(seen)) == (0, state.total, [files[-1].path])
     assert len(hub.fetched()) == before
+
+
+def test_a_file_begins_when_it_is_admitted(hub: Hub, tmp_path: Path) -> None:
+    listing = client.listing(REPO)
+    files = [file for file in listing.files if file.path.endswith(".safetensors")]
+    under_way: list[str] = []
+    most = [0]
+
+    def admitted(file: client.RemoteFile) -> bool:
+        if under_way:
+            return False
+        under_way.append(file.path)
+        return True
+
+    def gone(file: client.RemoteFile, path: Path) -> None:
+        most[0] = max(most[0], len(list((tmp_path / "incoming").glob("*.part"))))
+        under_way.remove(file.path)
+
+    for _ in Download(REPO, listing.commit, files, Incoming(tmp_path / "incoming"), arrived=gone, admitted=admitted).run():
+        pass
+    assert (most[0], len(hub.fetched())) == (0, len(files))
 
 
 def test_states_tell_rate_and_time_left() -> None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsv4_quant import schema
 from dsv4_quant.config import ModelConfig
@@ -21,13 +21,13 @@ from dsv4_quant.files.info import DAMAGED, TensorInfo
 
 LARGEST_JSON = 100_000_000  # bytes; the index of the largest release has 15 million
 
-__all__ = ["Header", "TensorInfo", "check_file", "read_header"]
+__all__ = ["Head", "Header", "TensorInfo", "check_file", "header_of_heads", "read_head", "read_header"]
 
 
 @dataclass(frozen=True)
 class Header:
     """What is known of a model before a weight is read. `tensors` has official names, or a GGUF's own names and shapes
-    (outermost first)."""
+    (outermost first). `stamps`: of files that are not here yet, what tells them from others."""
 
     path: Path
     layout: str
@@ -36,6 +36,7 @@ class Header:
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
     unexpected: list[str]
+    stamps: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def tensor_bytes(self) -> int:
@@ -58,7 +59,8 @@ def read_header(path: str | Path) -> Header:
     path = Path(path)
     try:
         if path.is_dir():
-            return _official(path)
+            present = {entry.name for entry in os.scandir(path) if entry.name.endswith(".safetensors") and entry.is_file()}
+            return _official(path, present, safetensors_header.read)
         if not path.is_file():
             raise CorruptFile(f"{path} does not exist.", "Give a checkpoint folder or a .gguf file.")
         return _gguf(path)
@@ -66,6 +68,33 @@ def read_header(path: str | Path) -> Header:
         raise CorruptFile(
             f"{error.filename or path} cannot be read: {error.strerror}.", "Check its permissions."
         ) from None
+
+
+class Head(NamedTuple):
+    """The beginning of a .safetensors file that may be elsewhere: its header, the file's size, and a digest of the whole."""
+
+    data: bytes
+    size: int
+    digest: str
+
+
+def read_head(read: Callable[[int, int], bytes], size: int, name: str) -> bytes:
+    """The header of a .safetensors file of `size` bytes, of which `read` gives (start, length). Raises CorruptFile."""
+    path = Path(name)
+    first = read(0, safetensors_header.LENGTH)
+    head = first + read(len(first), safetensors_header.length_of(first, size, path))
+    safetensors_header.parse(head, size, path)
+    return head
+
+
+def header_of_heads(folder: Path, heads: Mapping[str, Head]) -> Header:
+    """What `read_header` will say of a checkpoint folder in which only the .json files are, and of the shards their heads."""
+
+    def read(shard: Path) -> dict[str, TensorInfo]:
+        return safetensors_header.parse(heads[shard.name].data, heads[shard.name].size, shard)
+
+    stamps = {folder / name: f"{name} {head.size} {head.digest}" for name, head in heads.items()}
+    return replace(_official(folder, set(heads), read), stamps=stamps)
 
 
 def check_file(path: Path, name: str) -> None:
@@ -79,12 +108,13 @@ def check_file(path: Path, name: str) -> None:
         gguf_header.read(path)
 
 
-def _official(folder: Path) -> Header:
+def _official(folder: Path, present: set[str], read: Callable[[Path], dict[str, TensorInfo]]) -> Header:
+    """Of a folder in which the .safetensors files `present` are; `read` reads the header of one."""
     raw = _json(folder / "config.json")
     config = ModelConfig.from_dict(raw, str(folder / "config.json"))
     found: dict[str, TensorInfo] = {}
-    for shard in _shards(folder):
-        for name, info in safetensors_header.read(shard).items():
+    for shard in _shards(folder, present):
+        for name, info in read(shard).items():
             name = schema.normalise(name)
             if name in found:
                 raise CorruptFile(
@@ -95,10 +125,9 @@ def _official(folder: Path) -> Header:
     return Header(folder, "official", config, raw, {}, found, unexpected)
 
 
-def _shards(folder: Path) -> list[Path]:
+def _shards(folder: Path, present: set[str]) -> list[Path]:
     """The safetensors files that make the model: those of the index or, without one, all there are."""
     index = folder / "model.safetensors.index.json"
-    present = {entry.name for entry in os.scandir(folder) if entry.name.endswith(".safetensors") and entry.is_file()}
     if not index.is_file():
         if not present:
             raise CorruptFile(f"{folder} has no .safetensors file.", "Give the folder of a downloaded checkpoint.")

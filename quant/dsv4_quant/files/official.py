@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class OfficialSource:
         self.config = header.config
         self.raw_config = header.raw_config
         self.metadata: dict[str, Any] = {}
-        self._tensors = header.tensors
+        self._tensors = dict(header.tensors)
         self._maps: dict[Path, Tensor] = {}
 
     @property
@@ -50,10 +51,23 @@ class OfficialSource:
         if info.dtype not in QUANTISED or not name.endswith(".weight"):
             raise CorruptFile(f"{info.file}: {name} is stored as {info.dtype}.", "DeepSeek-V4 has no such weight.")
         data = self._view(info)
-        scale = self._view(self._info(name.removesuffix("weight") + "scale"))
+        scale = self._view(self._info(_scale(name)))
         if info.dtype == "I8":  # two FP4 codes a byte
             return Packed("fp4", (info.shape[0], 2 * info.shape[1]), data, scale)
         return Packed("fp8_e4m3", info.shape, data, scale)
+
+    def stored(self, name: str) -> dict[str, TensorInfo]:
+        """The tensors that a weight is stored in, and where they lie: itself, and its scale if it has one."""
+        info = self._info(name)
+        return {name: info} | ({_scale(name): self._info(_scale(name))} if info.dtype in QUANTISED else {})
+
+    def moved(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """These tensors lie elsewhere from now on."""
+        self._tensors.update(tensors)
+
+    def let_go(self, file: Path) -> None:
+        """Closes a file, whose tensors are not read again there."""
+        self._maps.pop(file, None)
 
     def tokenizer(self) -> Path | None:
         path = self.path / "tokenizer.json"
@@ -74,3 +88,7 @@ class OfficialSource:
         if info.file not in self._maps:
             self._maps[info.file] = map_file(info.file)
         return typed_view(self._maps[info.file], info.offset, info.nbytes, DTYPES[info.dtype]).view(info.shape)
+
+
+def _scale(weight: str) -> str:
+    return weight.removesuffix("weight") + "scale"

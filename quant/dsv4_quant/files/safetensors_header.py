@@ -11,6 +11,7 @@ from typing import Any, TypeGuard
 from dsv4_quant.errors import CorruptFile
 from dsv4_quant.files.info import DAMAGED, TensorInfo, check_layout
 
+LENGTH = 8  # bytes of the length that every file begins with
 LARGEST_HEADER = 100_000_000  # the format's own limit
 MOST_DIMENSIONS = 8
 LARGEST = 1 << 63  # of a dimension or an offset
@@ -24,15 +25,23 @@ def read(path: Path) -> dict[str, TensorInfo]:
     """Name -> place of every tensor. Raises CorruptFile with the file's name and the numbers."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        if len(head) < 8 or length > min(LARGEST_HEADER, size - 8):
-            raise CorruptFile(
-                f"{path}: a header of {length} bytes does not fit a file of {size}.", "Get the file again."
-            )
-        entries = _parse(file.read(length), path)
+        head = file.read(LENGTH)
+        return parse(head + file.read(length_of(head, size, path)), size, path)
+
+
+def length_of(head: bytes, size: int, path: Path) -> int:
+    """How many bytes the JSON has that begins behind the first eight, which are `head`, of a file of `size` bytes."""
+    length: int = struct.unpack("<Q", head)[0] if len(head) == LENGTH else 0
+    if len(head) < LENGTH or length > min(LARGEST_HEADER, size - LENGTH):
+        raise CorruptFile(f"{path}: a header of {length} bytes does not fit a file of {size}.", "Get the file again.")
+    return length
+
+
+def parse(head: bytes, size: int, path: Path) -> dict[str, TensorInfo]:
+    """As `read`, of the first bytes of a file that need not be here."""
+    entries = _parse(head[LENGTH:], path)
     entries.pop("__metadata__", None)
-    begin = 8 + length
+    begin = len(head)
     tensors = {name: _tensor(name, entry, path, begin) for name, entry in entries.items()}
     check_layout(tensors.values(), begin, size)
     covered = sum(info.nbytes for info in tensors.values())  # the format allows no holes, where anything could hide
