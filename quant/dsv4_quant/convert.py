@@ -62,13 +62,15 @@ def convert(
     workers: int | None = None,
     device: str = "cpu",
     force: bool = False,
+    settled: bool = True,
     report: Report = lambda done, total, name: None,
 ) -> None:
     """Writes the plan's files, going on where an earlier run of the same work was stopped.
 
     Without an importance matrix the weights' own energy stands in. With `force` existing output is replaced and another's
-    unfinished work given up. Raises WrongUse for output that exists, other unfinished work, and importance of another model;
-    NotEnoughRoom; and what `encode_piece` raises. After KeyboardInterrupt what was finished is noted.
+    unfinished work given up. Unless it is `settled` by this alone, the journal stays beside the finished files until `settle`,
+    and the same call finds them done. Raises WrongUse for output that exists, other unfinished work, and importance of another
+    model; NotEnoughRoom; and what `encode_piece` raises. After KeyboardInterrupt what was finished is noted.
     """
     if importance is None and plan.weighed:
         importance = WeightEnergy(source)
@@ -85,13 +87,19 @@ def convert(
             drafts.check()
             journal.finish()
         drafts.publish()
-        journal.remove()
+        if settled:
+            journal.remove()
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise NotEnoughRoom(f"The disk is full: {plan.output} needs {plan.nbytes:,} bytes in all.", FULL) from None
     finally:
         journal.close()
+
+
+def settle(plan: Plan) -> None:
+    """Nothing is left to be done to the plan's files; without their journal they are never taken for unfinished work."""
+    journal_of(plan.output).unlink(missing_ok=True)
 
 
 def journal_of(output: Path) -> Path:
