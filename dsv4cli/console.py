@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from dsv4_quant.units import in_bytes as in_bytes
 from dsv4cli.errors import Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -95,16 +96,6 @@ def pairs(rows: Sequence[tuple[str, str]], indent: str = "") -> None:
 
 def bold(text: str) -> str:
     return f"\x1b[1m{text}\x1b[0m" if coloured(sys.stdout) else text
-
-
-def in_bytes(count: int) -> str:
-    """123456789 -> '123.5 MB'. Decimal units, as in the sizes of published files."""
-    size = float(count)
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 @contextmanager

@@ -25,6 +25,7 @@ WING = {"dsv4cli.errors", "dsv4cli.paths", "dsv4cli.settings", "dsv4cli.console"
 HEADERS = {"dsv4_quant.errors", "dsv4_quant.config", "dsv4_quant.schema", "dsv4_quant.recipe", "dsv4_quant.files.headers"}
 MAY_OPEN: dict[str, set[str]] = {
     "dsv4_quant.errors": set(),
+    "dsv4_quant.units": set(),
     "dsv4_quant.formats": {"dsv4_quant.errors"},
     "dsv4_quant.config": {"dsv4_quant.errors"},
     "dsv4_quant.schema": {"dsv4_quant.errors", "dsv4_quant.config"},
@@ -33,7 +34,7 @@ MAY_OPEN: dict[str, set[str]] = {
     "dsv4cli.errors": set(),
     "dsv4cli.paths": WING,
     "dsv4cli.settings": WING,
-    "dsv4cli.console": WING,
+    "dsv4cli.console": WING | {"dsv4_quant.units"},
     "dsv4cli.registry": WING | HEADERS,
     "dsv4cli.encoding": WING | {"dsv4_quant.errors"},
     "dsv4cli.model": WING | {"dsv4_quant", "dsv4_kernels"},

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dsv4cli import console
-from dsv4cli.commands.arguments import Json, Model
+from dsv4cli.commands.arguments import Json, Model, size_of
 from dsv4cli.commands.options import with_settings
-from dsv4cli.commands.quantize import size_of
 from dsv4cli.errors import CapacityError
 from dsv4cli.registry import catalog
 from dsv4cli.settings import Settings

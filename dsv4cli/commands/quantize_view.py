@@ -32,6 +32,13 @@ def print_json(plan: Plan) -> None:
     console.print_json({"roles": list(summary(plan)), "tensors": tensors, "files": files, "bytes": plan.nbytes})
 
 
+def print_written(plan: Plan, seconds: float) -> None:
+    """A line a file, and how long it took."""
+    for part in plan.parts:
+        console.note(f"{part.path}: {part.nbytes:,} bytes")
+    console.note(f"{seconds:.0f} s")
+
+
 NAMES = {"gate_up": "experts gate, up", "down": "experts down", "shared": "shared experts", "embed": "embedding",
          "output": "head", "rest": "everything else"}
 

@@ -62,14 +62,22 @@ def convert(
     workers: int | None = None,
     device: str = "cpu",
     force: bool = False,
+    settled: bool = True,
     report: Report = lambda done, total, name: None,
 ) -> None:
     """Writes the plan's files, going on where an earlier run of the same work was stopped. Arguments and errors are
-    those of `Conversion`; after KeyboardInterrupt what was finished is noted."""
+    those of `Conversion`; after KeyboardInterrupt what was finished is noted. Unless it is `settled` by this alone, the journal
+    stays beside the finished files until `settle`, and the same call finds them done."""
     with Conversion(plan, source, importance=importance, workers=workers, device=device, force=force, report=report) as work:
         work.encode(work.todo())
         work.finish()
-        work.forget()
+        if settled:
+            work.forget()
+
+
+def settle(plan: Plan) -> None:
+    """Nothing is left to be done to the plan's files; without their journal they are never taken for unfinished work."""
+    journal_of(plan.output).unlink(missing_ok=True)
 
 
 def journal_of(output: Path) -> Path:

@@ -18,6 +18,7 @@ from dsv4_quant.files import gguf_header, gguf_writer
 from dsv4_quant.files.info import TensorInfo
 from dsv4_quant.metadata import HUB, QUALITY
 from dsv4_quant.recipe import slot_of
+from dsv4_quant.units import in_bytes
 
 RECIPE = "dsv4.recipe"
 MARK = "<!-- Written by dsv4 quantize, which replaces this file. Remove this line to keep your changes. -->"
@@ -156,7 +157,7 @@ def _origin(metadata: Mapping[str, Any], repo: str | None) -> str:
 
 def _files(files: Sequence[Described]) -> Iterator[str]:
     rows = [(f"`{each.path.name}`" + (f" and {each.parts - 1} more" if each.parts > 1 else ""), str(each.metadata.get(RECIPE)),
-             _size(each.nbytes), f"{each.bits:.2f}") for each in files]
+             in_bytes(each.nbytes), f"{each.bits:.2f}") for each in files]
     yield _table(("file", "recipe", "size", "bits a weight"), rows, right=(2, 3))
 
 
@@ -183,7 +184,7 @@ def _types(files: Sequence[Described]) -> Iterator[str]:
         groups: dict[str, list[TensorInfo]] = {}
         for info in each.tensors:
             groups.setdefault(slot_of(info.name), []).append(info)
-        rows = [(SLOTS[slot], ", ".join(_kinds(groups[slot])), _size(sum(info.nbytes for info in groups[slot])))
+        rows = [(SLOTS[slot], ", ".join(_kinds(groups[slot])), in_bytes(sum(info.nbytes for info in groups[slot])))
                 for slot in SLOTS if slot in groups]
         yield f"`{each.path.name}`"
         yield _table(("part", "types", "size"), rows, right=(2,))
@@ -228,13 +229,3 @@ def _weights(info: TensorInfo) -> int:
     for size in info.shape:
         found *= size
     return found
-
-
-def _size(count: int) -> str:
-    """Decimal units, as files are sold."""
-    size = float(count)
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

@@ -132,6 +132,32 @@ def test_check_puts_the_quality_on_the_label(run_dsv4: Run, tmp_path: Path, monk
     assert "drafting stages" in refused.err
 
 
+def test_a_check_that_was_stopped_goes_on(run_dsv4: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is finished then; it is measured and not written again."""
+    path = tmp_path / "t.gguf"
+    command = ("quantize", "tiny", "-o", str(path), "--recipe", "q2", "--check")
+
+    def press(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quality, "check", press)
+        stopped = run_dsv4(*command)
+    assert stopped.code == 130
+    assert f"The same command goes on with {path}." in stopped.err
+    monkeypatch.setattr(quality, "evaluation_text", lambda: "The capital of France is Paris. " * 12)
+    monkeypatch.setattr(convert, "encode_piece", press)
+    other = run_dsv4(*command[:-1], "--down", "q3_k", "--check", "-q")
+    assert other.code == 2
+    assert "with other options" in other.err
+    done = run_dsv4(*command, "-q")
+    assert done.code == 0, done.err
+    assert json.loads(read_header(path).metadata[QUALITY])["reference"] == "tiny"
+    assert {entry.name for entry in tmp_path.iterdir()} == {path.name, "README.md"}
+    again = run_dsv4(*command, "-q")
+    assert "exists already" in again.err
+
+
 @pytest.mark.parametrize(("options", "code", "message", "hint"), [
     ((), 2, "There is no recipe.", "--target-size"),
     (("--recipe", "q22"), 2, "no recipe called q22", "q2"),
@@ -175,13 +201,13 @@ def test_ctrl_c_says_how_to_go_on(run_dsv4: Run, source: Path, tmp_path: Path, m
 @pytest.mark.parametrize(("text", "size"), [
     ("80GB", 80 * 10**9), ("74.5GiB", int(74.5 * 2**30)), ("4096", 4096), ("2 m", 2 * 10**6)])
 def test_sizes(text: str, size: int) -> None:
-    assert quantize.size_of(text, "--target-size") == size
+    assert arguments.size_of(text, "--target-size") == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "-3GB", "8XB", "GB", "nan", "1e9"])
 def test_no_sizes(text: str) -> None:
     with pytest.raises(UsageError):
-        quantize.size_of(text, "--target-size")
+        arguments.size_of(text, "--target-size")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals of that kind")

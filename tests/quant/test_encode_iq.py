@@ -183,6 +183,8 @@ def test_memory_does_not_grow_with_the_rows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_that_are_no_whole_blocks_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="rows of 300 are no multiple of 256"):
+def test_what_does_not_fit_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="Rows of 300 are not whole blocks of 256"):
         encode(name, torch.zeros(2, 300))
+    with pytest.raises(ValueError, match=r"Importance of shape \(255,\) for rows of shape \(2, 256\)"):
+        encode(name, torch.zeros(2, 256), torch.ones(255))

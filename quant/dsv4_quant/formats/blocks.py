@@ -1,38 +1,32 @@
-"""Rows cut into blocks of 256 for the IQ formats' encoders, a few at a time, in ranges that float32 likes."""
+"""Rows cut into blocks of 256 for the IQ formats' encoders, in ranges that float32 likes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from dsv4_quant.formats.search import LEAST_WEIGHT
+from dsv4_quant.formats.search import LEAST_WEIGHT, by_pieces, importance_for
 
 BLOCK = 256
 SMALLEST = 1e-15  # of the largest in a block: keeps divisions by nothing finite, and their squares
-_PIECE, _GPU_PIECE = 2**17, 2**20  # weights at a time: bounds the memory
 
 
-def encode(rows: Tensor, importance: Tensor | None, encode_blocks: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """uint8 [n, row bytes] of float rows [n, columns] by a function of (values, weights) [m, 256] to [m, block bytes].
+def encode(rows: Tensor, importance: Tensor | None, block_bytes: int,
+           encode_blocks: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """uint8 [n, row bytes] of float rows [n, columns] by a function of (values, weights) [m, 256] to [m, block_bytes].
 
-    `importance` [columns] or [n, columns] says how much an error matters. Raises ValueError for rows of no whole blocks.
+    `importance` [columns] or [n, columns] says how much an error matters. Raises ValueError for another shape of it, and for
+    rows of no whole blocks.
     """
-    if rows.shape[-1] % BLOCK:
-        raise ValueError(f"rows of {rows.shape[-1]} are no multiple of {BLOCK}")
-    pieces = [encode_blocks(values, weights) for values, weights in _pieces(rows, importance)]
-    return torch.cat(pieces).view(rows.shape[0], -1)
+    weights = importance_for(rows, importance, BLOCK).expand(rows.shape)
 
+    def weighed(blocks: Tensor, row: int) -> Tensor:
+        count = blocks.numel() // rows.shape[1]
+        return encode_blocks(blocks, weights[row : row + count].float().reshape(-1, BLOCK))
 
-def _pieces(rows: Tensor, importance: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """(values, weights) float32 [m, 256] of a few rows at a time."""
-    step = max(1, (_PIECE if rows.is_cpu else _GPU_PIECE) // rows.shape[-1])
-    weights = torch.ones(1, device=rows.device) if importance is None else importance
-    weights = weights.expand(rows.shape)
-    for first in range(0, rows.shape[0], step):
-        part = slice(first, first + step)
-        yield rows[part].float().reshape(-1, BLOCK), weights[part].float().reshape(-1, BLOCK)
+    return by_pieces(rows, BLOCK, block_bytes, weighed, light=True)
 
 
 def unit(values: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
 
 def encode(rows: Tensor, importance: Tensor | None = None) -> Tensor:
     """uint8 [n, columns / 256 * 56] of float rows [n, columns]; importance [columns] or [n, columns] weighs errors."""
-    return blocks.encode(rows, importance, lambda values, weights: _Search(values, weights).run())
+    return blocks.encode(rows, importance, BLOCK_BYTES, lambda values, weights: _Search(values, weights).run())
 
 
 @cache

@@ -31,7 +31,7 @@ def decode(rows: Tensor, scales: Tensor | None) -> Tensor:
 
 def encode(rows: Tensor, importance: Tensor | None = None) -> Tensor:
     """uint8 [n, columns / 256 * 66] of float rows [n, columns]; importance [columns] or [n, columns] weighs errors."""
-    return signed_grid.encode(rows, importance, _LAYOUT, _pack)
+    return signed_grid.encode(rows, importance, _LAYOUT, BLOCK_BYTES, _pack)
 
 
 def _pack(coded: Coded) -> Tensor:

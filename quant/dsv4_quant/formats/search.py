@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Weights at a time. A search makes hundreds of calls for each piece, which must be worth their cost (and, with several
 # threads, the wait for Python's lock); where little is computed, the nearer cache counts for more.
-PIECE_CPU, LIGHT_PIECE_CPU, PIECE_GPU = 1 << 19, 1 << 17, 1 << 21
+PIECE_CPU, LIGHT_PIECE_CPU, PIECE_GPU = 1 << 19, 1 << 18, 1 << 21
 LARGEST_HALF = 65504.0
 LEAST_WEIGHT = 1e-6  # of a block's largest: an element of no importance still prefers to be near
 
@@ -31,12 +31,12 @@ class Scratch:
         """Everything taken may be taken again."""
         self._taken = 0
 
-    def take(self, like: Tensor) -> Tensor:
-        """float32 of this shape on this device, with anything in it."""
+    def take(self, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Numbers of this shape on this device, of at most 32 bits each, with anything in them."""
         if self._taken == len(self._buffers):
             self._buffers.append(torch.empty(like.numel(), device=like.device))
         self._taken += 1
-        return self._buffers[self._taken - 1][: like.numel()].view(like.shape)
+        return self._buffers[self._taken - 1].view(dtype)[: like.numel()].view(like.shape)
 
 
 @dataclass
@@ -84,19 +84,25 @@ def _rows_at_a_time(rows: Tensor, light: bool) -> int:
     return max(1, (on_cpu if rows.device.type == "cpu" else PIECE_GPU) // max(1, rows.shape[1]))
 
 
-def search_pieces(rows: Tensor, importance: Tensor | None, block: int, block_bytes: int, size: int,
-                  encode: Callable[[Piece], Tensor], light: bool = False) -> Tensor:
-    """As by_pieces, for an encoder of pieces with sub-blocks of `size`.
+def importance_for(rows: Tensor, importance: Tensor | None, block: int) -> Tensor:
+    """The importance of rows [n, columns]: [columns], also where all count alike (None), or [n, columns].
 
-    importance: [columns], [n, columns], or None where all count alike. ValueError if it has another shape.
+    ValueError if it has another shape, or the columns are no multiple of the block.
     """
-    count, columns = rows.shape
-    _demand_blocks(columns, block)
+    _demand_blocks(rows.shape[1], block)
     if importance is None:
-        importance = torch.ones(columns, device=rows.device)
-    if importance.shape not in ((columns,), (count, columns)):
+        return torch.ones(rows.shape[1], device=rows.device)
+    if importance.shape not in (rows.shape[1:], rows.shape):
         raise ValueError(f"Importance of shape {tuple(importance.shape)} for rows of shape {tuple(rows.shape)}.")
-    step = min(count, _rows_at_a_time(rows, light))
+    return importance
+
+
+def search_pieces(rows: Tensor, importance: Tensor | None, block: int, block_bytes: int, size: int,
+                  encode: Callable[[Piece], Tensor]) -> Tensor:
+    """As by_pieces, for an encoder of pieces with sub-blocks of `size`; importance as for importance_for."""
+    count, columns = rows.shape
+    importance = importance_for(rows, importance, block)
+    step = min(count, _rows_at_a_time(rows, light=False))
     shared = _weights(importance.expand(step, columns), block, size) if importance.dim() == 1 else None
     scratch = Scratch()
 
@@ -108,7 +114,7 @@ def search_pieces(rows: Tensor, importance: Tensor | None, block: int, block_byt
         scratch.give_back()
         return encode(_lay_out(blocks, weight, size, scratch))
 
-    return by_pieces(rows, block, block_bytes, encode_blocks, light)
+    return by_pieces(rows, block, block_bytes, encode_blocks)
 
 
 def _demand_blocks(columns: int, block: int) -> None:

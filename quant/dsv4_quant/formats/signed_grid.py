@@ -85,9 +85,10 @@ def _signs_on(device: torch.device) -> Tensor:
     return (1.0 - 2.0 * torch.cat([bits, bits.sum(1, keepdim=True) % 2], 1)).to(device)
 
 
-def encode(rows: Tensor, importance: Tensor | None, layout: Layout, pack: Callable[[Coded], Tensor]) -> Tensor:
-    """uint8 [n, row bytes] of float rows [n, columns]; `pack` makes the bytes [m, block bytes] of m blocks."""
-    return blocks.encode(rows, importance, lambda values, weights: pack(_code(values, weights, layout)))
+def encode(rows: Tensor, importance: Tensor | None, layout: Layout, block_bytes: int,
+           pack: Callable[[Coded], Tensor]) -> Tensor:
+    """uint8 [n, row bytes] of float rows [n, columns]; `pack` makes the bytes [m, block_bytes] of m blocks."""
+    return blocks.encode(rows, importance, block_bytes, lambda values, weights: pack(_code(values, weights, layout)))
 
 
 def _code(values: Tensor, weights: Tensor, layout: Layout) -> Coded:
