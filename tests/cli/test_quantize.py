@@ -20,7 +20,7 @@ from dsv4_quant.files import open_source
 from dsv4_quant.files.headers import read_header
 from dsv4_quant.imatrix import Entry
 from dsv4_quant.metadata import QUALITY
-from dsv4cli.commands import arguments, quantize
+from dsv4cli.commands import arguments
 from dsv4cli.engine import quality
 from dsv4cli.errors import UsageError
 from dsv4cli.registry import catalog
