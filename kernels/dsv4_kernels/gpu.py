@@ -6,14 +6,12 @@ interpreter on CPU tensors, which is how they are tested where no card is.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor, bfloat16, float32
 
-Pointer = Any  # a tensor outside of a kernel, its address within
-Block = Any  # a tile of values, held by one program
+Pointer = tl.tensor  # a tensor outside of a kernel, its address within
+Block = tl.tensor  # a tile of values, held by one program
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # What tensor cores multiply. The interpreter would multiply the codes of bf16 values, so it gets the same values in float32.

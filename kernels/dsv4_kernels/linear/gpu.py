@@ -14,14 +14,13 @@ from torch import Tensor, float32, int64
 
 from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
-from dsv4_kernels.gpu import DOT, Pointer, dense, padded
+from dsv4_kernels.gpu import DOT, INTERPRETED, Pointer, dense, padded
 from dsv4_kernels.linear import Weight, ref
 from dsv4_kernels.unpack import LAYOUTS, Layout, Matrix, matrix
 from dsv4_kernels.unpack.gpu import columns, met, multiplied, unpacked
 
 FEW = 8  # tokens that still meet their weights without tensor cores
 _VALUES = 1024  # of a tile of weights while tokens are few: eight per thread
-_K = 64  # columns of a tile for tensor cores
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -60,8 +59,17 @@ def few_tile(layout: Layout, tokens: int, subs: int, rows: int) -> tuple[int, in
     """(rows, subs) of a program for few tokens: whole rows of threads where there are so many columns, fewer rows for more tokens,
     whose sums take registers too, and for small matrices, so that every processor of the card has a program."""
     subs = padded(min(subs, 256 // layout.lanes))
+    if INTERPRETED:  # where one program runs after the other
+        return 64 // padded(tokens), subs
     most = 2 if tokens > 4 or rows < 1024 else 4
     return max(1, min(most, _VALUES // (subs * layout.lanes))), subs
+
+
+def many_tile(w: Layout, tokens: int, exact: bool) -> tuple[int, int, int]:
+    """(tokens, rows, subs) of a program for many tokens. All fields of a tile are unpacked before its first one is done with, so
+    formats of several fields have narrower tiles, or their registers would spill; so have float32 products."""
+    most, wide = (32, 32) if exact else (64, 64 if w.fields == 1 else 32)
+    return min(most, padded(tokens, 16)), most, wide // w.lanes
 
 
 def _multiply(x: Tensor, w: Matrix, groups: int, out: Tensor) -> None:
@@ -73,10 +81,10 @@ def _multiply(x: Tensor, w: Matrix, groups: int, out: Tensor) -> None:
         _few[(triton.cdiv(rows, own), groups)](x, w.data, w.apart, out, *sizes, FORMAT=w.format, FIELDS=layout.fields,
                                                LANES=layout.lanes, TOKENS=padded(tokens), ROWS=own, SUBS=subs)
         return
-    own = 64 if tokens > 32 else padded(tokens, 16)
-    _many[(triton.cdiv(tokens, own), triton.cdiv(rows, 64), groups)](
-        x, w.data, w.apart, out, *sizes, FORMAT=w.format, FIELDS=layout.fields, LANES=layout.lanes, M=own, N=64,
-        SUBS=_K // layout.lanes, EXACT=w.exact, DOT=DOT)
+    m, n, subs = many_tile(layout, tokens, w.exact)
+    _many[(triton.cdiv(tokens, m), triton.cdiv(rows, n), groups)](
+        x, w.data, w.apart, out, *sizes, FORMAT=w.format, FIELDS=layout.fields, LANES=layout.lanes, M=m, N=n, SUBS=subs,
+        EXACT=w.exact, DOT=DOT)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -148,8 +156,10 @@ def _cases() -> tuple[Case, ...]:
             rows, subs = few_tile(layout, tokens, 128, 4096)
             found.append(Case(_few, f"*fp32 *u8 {apart} *fp32 {sizes}",
                               {**about, "TOKENS": tokens, "ROWS": rows, "SUBS": subs}))
+        exact = name == "f32"
+        m, n, subs = many_tile(layout, 512, exact)
         found.append(Case(_many, f"*fp32 *u8 {apart} *fp32 {sizes}",
-                          {**about, "M": 64, "N": 64, "SUBS": _K // layout.lanes, "EXACT": name == "f32", "DOT": DOT}))
+                          {**about, "M": m, "N": n, "SUBS": subs, "EXACT": exact, "DOT": DOT}))
     found.append(Case(_embed, "*i64 *u8 *u8 *fp32 i32:16 i32:16 i32:16 i32",
                       {"FORMAT": "q8_0", "FIELDS": 1, "LANES": 32, "SUBS": 32}))
     return tuple(found)
