@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor, bfloat16, float32
 
-# The compiler looks annotations up, and knows these.
 Pointer = tl.tensor  # a tensor outside of a kernel, its address within
 Block = tl.tensor  # a tile of values, held by one program
 
