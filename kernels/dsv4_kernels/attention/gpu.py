@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor, float32, int64
 
 from dsv4_kernels import alloc
+from dsv4_kernels.ahead import Case
 from dsv4_kernels.attention import Entries, ref
 from dsv4_kernels.gpu import CACHED, DOT, Block, Pointer, dense, multiplied, padded, warps
 
@@ -140,3 +141,14 @@ def _join(parts: Pointer, stats: Pointer, out: Pointer, splits: int, heads: int,
     inside = (split < splits)[:, None] & (channel < d)[None, :]
     values = tl.load(parts + row[:, None] * d + channel[None, :], inside, 0.0)
     tl.store(out + (token * heads + head) * d + channel, tl.sum(values * share[:, None], 0) / total, channel < d)
+
+
+AHEAD = (
+    Case(_attend, "*fp32 *bf16 *bf16 *i64 *i64 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32 i32 i32 fp32",
+         {"CHOOSING": True, "SPLIT": True, "HEADS": HEADS, "KEYS": NARROW_KEYS, "D": 512, "WIDE": False, "DOT": DOT}, warps=8,
+         stages=1),
+    Case(_attend, "*fp32 *fp32 *fp32 *i64 *i64 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32 i32 i32 fp32",
+         {"CHOOSING": False, "SPLIT": False, "HEADS": HEADS, "KEYS": WIDE_KEYS, "D": 512, "WIDE": True, "DOT": DOT}, warps=8,
+         stages=1),
+    Case(_join, "*fp32 *fp32 *fp32 i32 i32:16 i32:16", {"SPLITS": 32, "D": 512}, warps=8),
+)

@@ -5,3 +5,5 @@ from __future__ import annotations
 from dsv4_kernels.cache import ref
 
 keep = ref.keep
+
+AHEAD = ()

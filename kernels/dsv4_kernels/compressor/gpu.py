@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor, float32
 
 from dsv4_kernels import alloc
+from dsv4_kernels.ahead import Case
 from dsv4_kernels.compressor import Pending, ref
 from dsv4_kernels.gpu import Pointer, dense, padded
 
@@ -85,3 +86,11 @@ def _compress(kv: Pointer, scores: Pointer, ape: Pointer, pending_kv: Pointer, p
             tl.debug_barrier()  # all of this program's threads have read what it now overwrites
             tl.store(pending_scores + slot * (HALVES * d) + at, score, inside)
             tl.store(pending_kv + slot * (HALVES * d) + at, value, inside)
+
+
+AHEAD = (
+    Case(_compress, "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32:16 i32",
+         {"POOL": True, "KEEP": True, "HALVES": 2, "SLOTS": 8, "WIDTH": 32}),
+    Case(_compress, "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32:16 i32:16 i32",
+         {"POOL": True, "KEEP": True, "HALVES": 1, "SLOTS": 128, "WIDTH": 8}),
+)

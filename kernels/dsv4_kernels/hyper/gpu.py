@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor, float32
 
 from dsv4_kernels import alloc
+from dsv4_kernels.ahead import Case
 from dsv4_kernels.gpu import Block, Pointer, dense, padded, warps
 from dsv4_kernels.hyper import HyperSettings, Mixer, ref
 
@@ -174,3 +175,12 @@ def _spread(out: Pointer, streams: Pointer, post: Pointer, across: Pointer, spre
         share = tl.load(across + (token * s + source) * s + target, target < s, 0.0)
         total += share[:, None] * tl.load(streams + (token * s + source) * d + place, place < d, 0.0)[None, :]
     tl.store(spread + (token * s + target)[:, None] * d + place[None, :], total, inside)
+
+
+AHEAD = (
+    Case(_multiply, "*fp32 *fp32 *fp32 i32 i32:16 i32 i32", {"TOKENS": 1, "ROWS": 32, "STEP": 128}),
+    Case(_multiply, "*fp32 *fp32 *fp32 i32 i32:16 i32 i32", {"TOKENS": 16, "ROWS": 32, "STEP": 128}),
+    Case(_mix, "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32:16 i32 i32 fp32 fp32 i32",
+         {"HEAD": False, "S": 4, "PARTS": 128, "WIDTH": 1024}, warps=2),
+    Case(_spread, "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32:16", {"S": 4, "WIDTH": 512}),
+)

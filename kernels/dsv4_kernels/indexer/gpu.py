@@ -1,6 +1,6 @@
 """Index scores and their top k in Triton; ties go to the earlier entry, and what is chosen comes in the entries' order.
 
-Two launches for a tile of tokens: programs that own some tokens and KEYS entries leave scores behind, as whole numbers in the
+Two launches for a tile of tokens: programs that own some tokens and some entries leave scores behind, as whole numbers in the
 scores' order; then a program that owns a token finds the k-th greatest of them by counting digits, eight bits at a time, and
 writes down who is not below it. A tile of tokens is so small that its scores take at most 64 MB. Queries that are not float32,
 and keys that are neither float32 nor bfloat16, go the way of `ref`.
@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor, float32, int32, int64
 
 from dsv4_kernels import alloc
+from dsv4_kernels.ahead import Case
 from dsv4_kernels.gpu import CACHED, DOT, Block, Pointer, dense, in_order, multiplied, padded
 from dsv4_kernels.indexer import ref
 from dsv4_kernels.tiles import tiles
 
-NARROW_KEYS, WIDE_KEYS = 64, 16  # entries of a program that scores, of bf16 and of float32
+NARROW_KEYS, WIDE_KEYS = 32, 16  # entries of a program that scores, of bf16 and of float32
 TOKENS = 8  # tokens that share a load of them, in prompts
 SCAN = 4096  # scores that are looked at together when choosing
 SIGN = tl.constexpr(-(1 << 31))
@@ -95,16 +96,22 @@ def _kth(scores: Pointer, count: int, k: int, SCAN: tl.constexpr) -> tuple[Block
     lane, digit = tl.arange(0, SCAN), tl.arange(0, 256)
     prefix, wanted = 0, k  # of unsigned scores: the upper digits that are known
     for level in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * level
         counts = tl.zeros((256,), tl.int32)
         for start in range(0, count, SCAN):
             score = tl.load(scores + start + lane, start + lane < count, 0) ^ SIGN
             same = start + lane < count
             if level > 0:
-                same = same & ((score >> (shift + 8)) == (prefix >> (shift + 8)))
-            counts += tl.histogram((score >> shift) & 255, 256, same)
+                same = same & ((score >> (32 - 8 * level)) == (prefix >> (32 - 8 * level)))
+            counts += tl.histogram((score >> (24 - 8 * level)) & 255, 256, same)
         above = tl.sum(counts, 0) - tl.cumsum(counts, 0)  # how many have a greater digit
         here = (above < wanted) & (above + counts >= wanted)  # true of one digit
-        prefix = prefix | (tl.sum(tl.where(here, digit, 0), 0) << shift)
+        prefix = prefix | (tl.sum(tl.where(here, digit, 0), 0) << (24 - 8 * level))
         wanted -= tl.sum(tl.where(here, above, 0), 0)
     return prefix ^ SIGN, wanted
+
+
+AHEAD = (
+    Case(_score, "*fp32 *fp32 *bf16 *i64 *i32 i32 i32 i32:16 i32:16 i32 i32",
+         {"HEADS": 64, "D": 128, "KEYS": NARROW_KEYS, "WIDE": False, "DOT": DOT}, warps=8),
+    Case(_choose, "*i32 *i64 *i64 i32 i32", {"SCAN": SCAN}, warps=8),
+)

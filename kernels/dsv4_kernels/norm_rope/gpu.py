@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor, complex64, float32
 
 from dsv4_kernels import alloc
+from dsv4_kernels.ahead import Case
 from dsv4_kernels.gpu import Block, Pointer, dense, padded, warps
 from dsv4_kernels.norm_rope import ref
 
@@ -87,3 +88,9 @@ def _rotate(x: Pointer, angles: Pointer, out: Pointer, count: int, heads: int, d
     one, other = turn(one, other, angles + (row // heads * pairs + pair) * 2, INVERSE, inside)
     tl.store(out + even, one, inside)
     tl.store(out + even + 1, other, inside)
+
+
+AHEAD = (
+    Case(_norm, "*fp32 *fp32 *fp32 i32 i32:16 fp32", {"WEIGHTED": True, "ROWS": 1, "WIDTH": 4096}, warps=8),
+    Case(_rotate, "*fp32 *fp32 *fp32 i32 i32:16 i32:16 i32:16", {"INVERSE": True, "ROWS": 4, "STILL": 512, "PAIRS": 32}),
+)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor, float32
 
 from dsv4_kernels import alloc
+from dsv4_kernels.ahead import Case
 from dsv4_kernels.gpu import Block, Pointer, dense, padded, to_bf16, warps
 from dsv4_kernels.rounding import FP4, FP8, INDEX_BLOCK, KV_BLOCK, ref
 
@@ -69,7 +70,8 @@ def _turned(x: Tensor, rounded: bool) -> Tensor:
     count = x.numel() // width
     rows = min(padded(count), max(1, TILE // width))
     if count:
-        _turn[(triton.cdiv(count, rows),)](x, out, count, ROUND=rounded, ROWS=rows, WIDTH=width, num_warps=warps(rows * width))
+        _turn[(triton.cdiv(count, rows),)](x, out, count, ROUND=rounded, ROWS=rows, WIDTH=width,
+                                           BITS=width.bit_length() - 1, num_warps=warps(rows * width))
     return out
 
 
@@ -106,17 +108,15 @@ def rounded_fp4(x: Block) -> Block:
 
 
 @triton.jit
-def turned(x: Block, ROWS: tl.constexpr, WIDTH: tl.constexpr) -> Block:
-    """x [ROWS, WIDTH] times the orthonormal Sylvester-Hadamard matrix.
+def turned(x: Block, ROWS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr) -> Block:
+    """x [ROWS, WIDTH = 2^BITS] times the orthonormal Sylvester-Hadamard matrix.
 
     Each round takes sums and differences of neighbours and lays the sums before the differences, so that after as many rounds
     as an index has bits everything is back in its order.
     """
-    size: tl.constexpr = WIDTH
-    while size > 1:
+    for _ in tl.static_range(BITS):
         left, right = tl.split(tl.reshape(x, (ROWS, WIDTH // 2, 2)))
         x = tl.reshape(tl.permute(tl.join(left + right, left - right), (0, 2, 1)), (ROWS, WIDTH))
-        size = size // 2
     return x * (WIDTH**-0.5)
 
 
@@ -146,10 +146,18 @@ def _round_kv(x: Pointer, out: Pointer, d: int, rotated: int, BLOCKS: tl.constex
 
 
 @triton.jit
-def _turn(x: Pointer, out: Pointer, count: int, ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr) -> None:
+def _turn(x: Pointer, out: Pointer, count: int, ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+          BITS: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     place = tl.arange(0, WIDTH)[None, :]
-    values = turned(tl.load(x + row * WIDTH + place, row < count, 0.0), ROWS, WIDTH)
+    values = turned(tl.load(x + row * WIDTH + place, row < count, 0.0), ROWS, WIDTH, BITS)
     if ROUND:
         values = tl.reshape(rounded_fp4(tl.reshape(values, (ROWS * WIDTH // INDEX, INDEX))), (ROWS, WIDTH))
     tl.store(out + row * WIDTH + place, values, row < count)
+
+
+AHEAD = (
+    Case(_round_blocks, "*fp32 *fp32 i32 i32:16", {"FP8": True, "ROWS": 64, "WIDTH": 64}),
+    Case(_round_kv, "*fp32 *fp32 i32:16 i32:16", {"BLOCKS": 8, "ROTATED": 64}, warps=1),
+    Case(_turn, "*fp32 *fp32 i32:16", {"ROUND": True, "ROWS": 32, "WIDTH": 128, "BITS": 7}, warps=8),
+)

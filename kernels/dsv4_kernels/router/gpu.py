@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor, float32, int64
 
 from dsv4_kernels import alloc
+from dsv4_kernels.ahead import Case
 from dsv4_kernels.backends import pick
 from dsv4_kernels.gpu import Block, Pointer, dense, in_order, padded, warps
 from dsv4_kernels.linear import Weight
@@ -86,3 +87,9 @@ def _look_up(logits: Pointer, table: Pointer, ids: Pointer, weights: Pointer, ex
     scores = tl.where(slot < k, scores, 0.0)
     tl.store(weights + token * k + slot, scores / tl.sum(scores, 0) * scale, slot < k)
     tl.store(experts + token * k + slot, tl.where(known, expert, 0), slot < k)
+
+
+AHEAD = (
+    Case(_choose, "*fp32 *fp32 *fp32 *i64 i32:16 i32 fp32", {"N": 256, "K": 8}, warps=1),
+    Case(_look_up, "*fp32 *i64 *i64 *fp32 *i64 i32:16 i32:16 i32 fp32", {"K": 8}, warps=1),
+)
