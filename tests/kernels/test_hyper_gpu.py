@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor
 
-
 from dsv4_kernels.hyper import HyperSettings, Mixer, ref
 from tests.kernels.interpreter import QUIET, of
 from tests.support.tolerance import assert_close
@@ -81,7 +80,8 @@ def test_a_prompt_may_be_cut_anywhere(random: torch.Generator) -> None:
 
 def test_sliced_tensors(random: torch.Generator) -> None:
     streams, mixer = drawn(random, 4, 6, 20)[:, ::2, 4:], mixer_of(random, 3, 16)
-    for part, whole in zip(gpu.mix_streams(streams, mixer, SETTINGS), gpu.mix_streams(streams.clone(), mixer, SETTINGS), strict=True):
+    pair = (gpu.mix_streams(each, mixer, SETTINGS) for each in (streams, streams.clone()))
+    for part, whole in zip(*pair, strict=True):
         assert torch.equal(part, whole)
 
 

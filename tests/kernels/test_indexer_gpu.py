@@ -34,8 +34,8 @@ def check(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: int) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("t", [1, 2, 13])
-@pytest.mark.parametrize("heads", [1, 4, 8, 20, 64])
+@pytest.mark.parametrize("t", [1, 3])
+@pytest.mark.parametrize("heads", [1, 20])
 def test_the_best_are_chosen(t: int, heads: int, dtype: torch.dtype, random: torch.Generator) -> None:
     for n, k in ((1, 1), (7, 3), (130, 64), (300, 1), (65, 65), (40, 100)):
         q, weights, keys = drawn(t, heads, 24, n, random)

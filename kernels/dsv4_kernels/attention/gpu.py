@@ -20,7 +20,7 @@ from dsv4_kernels.gpu import CACHED, DOT, Block, Pointer, dense, multiplied, pad
 
 HEADS = 16  # of a program: what a tensor core takes
 PROGRAMS = 256  # that keep a card busy; with fewer tokens than that, keys are dealt out too
-NARROW_KEYS, WIDE_KEYS = 32, 16  # of a tile, of bf16 and of float32
+NARROW_KEYS, WIDE_KEYS = 16, 16  # of a tile, of bf16 and of float32
 
 
 class Plan(NamedTuple):

@@ -145,7 +145,7 @@ def _mix(sums: Pointer, streams: Pointer, base: Pointer, scale: Pointer, x: Poin
         total += share * tl.load(streams + (token * s + stream) * d + place, place < d, 0.0)
     tl.store(x + token * d + place, total, place < d)
 
-    if not HEAD:
+    if not HEAD:  # noqa: SIM102 - a constant: at the head what follows is not even compiled
         if tl.program_id(1) == 0:
             to = tl.arange(0, S)
             sent = tl.load(scale + 1) * _summed(sums, token, parts, m, s + to, to < s, PARTS) * norm

@@ -79,7 +79,7 @@ def _choose(logits: Pointer, bias: Pointer, weights: Pointer, experts: Pointer, 
 def _look_up(logits: Pointer, table: Pointer, ids: Pointer, weights: Pointer, experts: Pointer, n: int, vocabulary: int, k: int,
              scale: float, K: tl.constexpr) -> None:
     token, slot = tl.program_id(0).to(tl.int64), tl.arange(0, K)
-    number = tl.load(ids + token)
+    number = tl.load(ids + token) + tl.zeros((K,), tl.int64)
     known = (number >= 0) & (number < vocabulary)
     expert = tl.load(table + number * k + slot, (slot < k) & known, -1)
     known = (expert >= 0) & (expert < n)
