@@ -302,7 +302,7 @@ def _cases() -> tuple[Case, ...]:
     """The formats of routed experts at the sizes of Flash."""
     found = [Case(_combine, "*fp32 *fp32 i32 i32:16", {"ADD": True, "COLS": 1024})]
     sizes = "i32 i32 i32:16 i32:16 i32:16 i32:16 i32"
-    for name in ("mxfp4", "fp4", "q8_0", "q4_k", "q2_k", "iq2_xxs"):
+    for name in ("mxfp4", "fp4", "q4_k", "q2_k", "iq2_xxs"):
         layout, apart = LAYOUTS[name], {"iq2_xxs": "*i32"}.get(name, "*u8")
         about = {"FORMAT": name, "FIELDS": layout.fields, "LANES": layout.lanes, "UNIT": 16}
         rows, subs = few_tile(layout, 1, 64, 2048)
