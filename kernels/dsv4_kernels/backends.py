@@ -136,8 +136,16 @@ def queued(*, lazily: bool = False) -> AbstractContextManager[None]:
     return nullcontext() if _watchers else queue.queued(lazily=lazily)
 
 
+def gpu_trouble() -> QuantError | None:
+    """Why the Triton kernels cannot run here, or None when they can wherever torch finds a card."""
+    if find_spec("triton") is None:
+        return BackendError("Triton is not installed, so no GPU kernel can be compiled.",
+                            "pip install triton (Linux), or use --device cpu.")
+    return None
+
+
 def _trouble(name: str) -> QuantError | None:
-    return library.trouble() if name == "cpu" else None
+    return {"cpu": cpu_trouble, "gpu": gpu_trouble}[name]() if name != "ref" else None
 
 
 def _exists(op: str, name: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dsv4_kernels import alloc
+from dsv4_kernels import alloc, backends
 
 
 @pytest.fixture(autouse=True)
@@ -19,9 +19,21 @@ def poisoned() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def reference_only(request: pytest.FixtureRequest) -> None:
-    """Tests of the maths run on `ref`; those of the CPU's own kernels are in files called test_*_native.py."""
-    if not request.path.stem.endswith(("_native", "_backends")):
+    """Tests of the maths run on `ref`; those of the CPU's own kernels are in files called test_*_native.py, those of the
+    Triton kernels in test_*_gpu.py."""
+    if request.path.stem.endswith("_gpu"):
+        request.getfixturevalue("on_triton")
+    elif not request.path.stem.endswith(("_native", "_backends")):
         request.getfixturevalue("on_reference")
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Doors give CPU tensors to `gpu` wherever it exists, which Triton's interpreter computes (interpreter.py)."""
+    monkeypatch.setattr(backends, "NATIVE", {"cpu": "gpu"})
+    backends.pick.cache_clear()
+    yield
+    backends.pick.cache_clear()
 
 
 @pytest.fixture

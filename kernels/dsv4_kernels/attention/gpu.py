@@ -1,0 +1,154 @@
+"""Attention in Triton, with keys read where they lie.
+
+A program owns sixteen heads of a token, who share their keys, and in decoding only a part of these: a second launch then joins
+the parts. Keys are gathered a tile at a time, first those of the window and then the entries, under a running softmax that
+begins with the sink. Queries that are not float32, and keys that are neither float32 nor bfloat16, go the way of `ref`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor, float32, int64
+
+from dsv4_kernels import alloc
+from dsv4_kernels.ahead import Case
+from dsv4_kernels.attention import Entries, ref
+from dsv4_kernels.gpu import CACHED, DOT, Block, Pointer, dense, multiplied, padded, warps
+
+HEADS = 16  # of a program: what a tensor core takes
+PROGRAMS = 256  # that keep a card busy; with fewer tokens than that, keys are dealt out too
+NARROW_KEYS, WIDE_KEYS = 16, 16  # of a tile, of bf16 and of float32
+
+
+class Plan(NamedTuple):
+    """Tiles' sizes: keys, and into how many parts a token's keys are cut."""
+
+    keys: int
+    splits: int
+
+
+def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int) -> Tensor:
+    if entries is not None and not len(entries.kv):
+        entries = None
+    if not q.dtype == sink.dtype == float32 or recent.dtype not in CACHED or not _fit(entries, recent) or not q.numel():
+        return ref.sparse_attention(q, recent, entries, sink, window)
+    (t, heads, d), q, recent, sink = q.shape, dense(q), dense(recent), dense(sink)
+    kv, visible, chosen, n, k = recent, q, q, 0, 0  # whatever is not there is not read
+    if entries is not None:
+        kv, visible, n = dense(entries.kv), dense(entries.visible), len(entries.kv)
+        if entries.chosen is not None:
+            chosen, k = dense(entries.chosen), entries.chosen.shape[1]
+    out, plan = alloc.empty_like(q), _plan(t, heads, min(window, len(recent)), k or n, recent.dtype == float32)
+    parts = stats = out
+    if plan.splits > 1:
+        parts = alloc.empty((t, plan.splits, heads, d), float32, q.device)
+        stats = alloc.empty((t, plan.splits, heads, 2), float32, q.device)
+    _attend[(t, triton.cdiv(heads, HEADS), plan.splits)](
+        q, recent, kv, visible, chosen, sink, parts, stats, len(recent) - t, heads, d, n, k, window, d**-0.5,
+        CHOOSING=k > 0, SPLIT=plan.splits > 1, HEADS=HEADS, KEYS=plan.keys, D=padded(d, 16), WIDE=recent.dtype == float32,
+        DOT=DOT, num_warps=4 if d <= 128 else 8, num_stages=1)
+    if plan.splits > 1:
+        _join[(t, heads)](parts, stats, out, plan.splits, heads, d, SPLITS=padded(plan.splits), D=padded(d),
+                          num_warps=warps(padded(plan.splits) * d))
+    return out
+
+
+def _fit(entries: Entries | None, recent: Tensor) -> bool:
+    if entries is None:
+        return True
+    whole = entries.visible.dtype == int64 and (entries.chosen is None or entries.chosen.dtype == int64)
+    return entries.kv.dtype == recent.dtype and whole
+
+
+def _plan(t: int, heads: int, near: int, far: int, wide: bool) -> Plan:
+    keys = WIDE_KEYS if wide else NARROW_KEYS
+    tiles = triton.cdiv(near, keys) + triton.cdiv(far, keys)
+    return Plan(keys, max(1, min(tiles, PROGRAMS // (t * triton.cdiv(heads, HEADS)))))
+
+
+@triton.jit
+def _absorb(q: Block, keys: Block, seen: Block, most: Block, total: Block, out: Block, WIDE: tl.constexpr,
+            DOT: tl.constexpr) -> tuple[Block, Block, Block]:
+    """A tile of keys [n, d] joins the softmax of q [heads, d]: greatest score, sum of powers, their weighted keys."""
+    scores = multiplied(q, tl.trans(keys), tl.zeros((q.shape[0], keys.shape[0]), tl.float32), WIDE, DOT)
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    more = tl.maximum(most, tl.max(scores, 1))
+    shares, kept = tl.exp(scores - more[:, None]), tl.exp(most - more)
+    return more, total * kept + tl.sum(shares, 1), multiplied(shares, keys, out * kept[:, None], WIDE, DOT)
+
+
+@triton.jit(do_not_specialize=["before", "n", "k", "window"])
+def _attend(q: Pointer, recent: Pointer, kv: Pointer, visible: Pointer, chosen: Pointer, sink: Pointer, parts: Pointer,
+            stats: Pointer, before: int, heads: int, d: int, n: int, k: int, window: int, scale: float, CHOOSING: tl.constexpr,
+            SPLIT: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
+            DOT: tl.constexpr) -> None:
+    """parts [t, splits, heads, d] and stats [t, splits, heads, 2]; unless SPLIT, parts is the output itself."""
+    token, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
+    head, channel, lane = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D), tl.arange(0, KEYS)
+    inside = (head < heads)[:, None] & (channel < d)[None, :]
+    row = token.to(tl.int64) * heads + head
+    query = tl.load(q + row[:, None] * d + channel[None, :], inside, 0.0) * scale
+
+    first = tl.maximum(before + token - window + 1, 0)
+    near, far, sees = before + token + 1 - first, 0, 0
+    if n > 0:
+        sees = tl.minimum(tl.load(visible + token), n).to(tl.int32)
+        far = k if CHOOSING else tl.maximum(sees, 0)
+    near_tiles = tl.cdiv(near, KEYS)
+    tiles = near_tiles + tl.cdiv(far, KEYS)
+    begin = split * tl.cdiv(tiles, splits)
+    end = tl.minimum(begin + tl.cdiv(tiles, splits), tiles)
+
+    sinks = tl.load(sink + head, head < heads, 0.0)
+    most = tl.maximum(sinks, -1e30)  # never infinite, so that differences are numbers
+    total = tl.where(split == 0, tl.exp(sinks - most), 0.0)
+    out = tl.zeros((HEADS, D), tl.float32)
+    for tile in range(begin, tl.minimum(end, near_tiles)):
+        slot = tile * KEYS + lane
+        key = (first + slot).to(tl.int64)
+        keys = tl.load(recent + key[:, None] * d + channel[None, :], (slot < near)[:, None] & (channel < d)[None, :], 0.0)
+        most, total, out = _absorb(query, keys, slot < near, most, total, out, WIDE, DOT)
+    for tile in range(tl.maximum(begin, near_tiles), end):
+        slot = (tile - near_tiles) * KEYS + lane
+        key = slot.to(tl.int64)
+        if CHOOSING:
+            key = tl.load(chosen + token.to(tl.int64) * k + slot, slot < k, -1)
+        seen = (slot < far) & (key >= 0) & (key < sees)
+        keys = tl.load(kv + key[:, None] * d + channel[None, :], seen[:, None] & (channel < d)[None, :], 0.0)
+        most, total, out = _absorb(query, keys, seen, most, total, out, WIDE, DOT)
+
+    if SPLIT:
+        row = (token.to(tl.int64) * splits + split) * heads + head
+        tl.store(stats + row * 2, most, head < heads)
+        tl.store(stats + row * 2 + 1, total, head < heads)
+    else:
+        out = out / total[:, None]
+    tl.store(parts + row[:, None] * d + channel[None, :], out, inside)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _join(parts: Pointer, stats: Pointer, out: Pointer, splits: int, heads: int, d: int, SPLITS: tl.constexpr,
+          D: tl.constexpr) -> None:
+    """A program owns a head of a token: its parts, each weighed by how great its scores were."""
+    token, head, channel, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, D), tl.arange(0, SPLITS)
+    row = (token * splits + split) * heads + head
+    most = tl.load(stats + row * 2, split < splits, -1e30)
+    share = tl.exp(most - tl.max(most, 0))
+    total = tl.sum(tl.load(stats + row * 2 + 1, split < splits, 0.0) * share, 0)
+    inside = (split < splits)[:, None] & (channel < d)[None, :]
+    values = tl.load(parts + row[:, None] * d + channel[None, :], inside, 0.0)
+    tl.store(out + (token * heads + head) * d + channel, tl.sum(values * share[:, None], 0) / total, channel < d)
+
+
+AHEAD = (
+    Case(_attend, "*fp32 *bf16 *bf16 *i64 *i64 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32 i32 i32 fp32",
+         {"CHOOSING": True, "SPLIT": True, "HEADS": HEADS, "KEYS": NARROW_KEYS, "D": 512, "WIDE": False, "DOT": DOT}, warps=8,
+         stages=1),
+    Case(_attend, "*fp32 *fp32 *fp32 *i64 *i64 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32 i32 i32 fp32",
+         {"CHOOSING": False, "SPLIT": False, "HEADS": HEADS, "KEYS": WIDE_KEYS, "D": 512, "WIDE": True, "DOT": DOT}, warps=8,
+         stages=1),
+    Case(_join, "*fp32 *fp32 *fp32 i32 i32:16 i32:16", {"SPLITS": 32, "D": 512}, warps=8),
+)

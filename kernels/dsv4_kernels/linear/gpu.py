@@ -1,0 +1,167 @@
+"""Matrix products in Triton, straight on the bytes of the file.
+
+Up to FEW tokens: a program owns some rows, unpacks them once and meets all tokens with them in float32; the columns are split
+among its threads and summed in one order, so the result is the same every time. More tokens: a program owns a tile of tokens and rows;
+weights are unpacked in the kernel, rounded to bf16 like the activations, and multiplied by tensor cores into float32 sums; exact weights
+are multiplied in float32. What has no kernel (another format, activations that are not float32) goes the way of `ref`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor, float32, int64
+
+from dsv4_kernels import alloc
+from dsv4_kernels.ahead import Case
+from dsv4_kernels.gpu import DOT, INTERPRETED, Pointer, dense, padded
+from dsv4_kernels.linear import Weight, ref
+from dsv4_kernels.unpack import LAYOUTS, Layout, Matrix, matrix
+from dsv4_kernels.unpack.gpu import columns, met, multiplied, unpacked
+
+FEW = 8  # tokens that still meet their weights without tensor cores
+_VALUES = 1024  # of a tile of weights while tokens are few: eight per thread
+
+
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    found = matrix(weight)
+    if found is None or x.dtype != float32 or not x.numel():
+        return ref.linear(x, weight)
+    x = dense(x)
+    out = alloc.empty((*x.shape[:-1], found.rows), float32, x.device)
+    _multiply(x, found, 1, out)
+    return out
+
+
+def grouped_linear(x: Tensor, weight: Weight) -> Tensor:
+    found = matrix(weight)
+    if found is None or x.dtype != float32 or not x.numel():
+        return ref.grouped_linear(x, weight)
+    x, (tokens, groups, _) = dense(x), x.shape
+    out = alloc.empty((tokens, groups, found.rows // groups), float32, x.device)
+    _multiply(x, found, groups, out)
+    return out
+
+
+def embed(ids: Tensor, table: Weight) -> Tensor:
+    found = matrix(table)
+    if found is None or ids.dtype != int64 or not ids.numel() or (isinstance(table, Tensor) and table.dtype != float32):
+        return ref.embed(ids, table)
+    out = alloc.empty((ids.shape[0], found.cols), float32, ids.device)
+    subs = padded(min(found.subs, 1024 // found.layout.lanes))
+    _embed[(ids.shape[0], triton.cdiv(found.subs, subs))](
+        dense(ids), found.data, found.apart, out, found.subs, found.cols, found.row_bytes, found.apart_cols,
+        FORMAT=found.format, FIELDS=found.layout.fields, LANES=found.layout.lanes, SUBS=subs)
+    return out
+
+
+def few_tile(layout: Layout, tokens: int, subs: int, rows: int) -> tuple[int, int]:
+    """(rows, subs) of a program for few tokens: whole rows of threads where there are so many columns, fewer rows for more tokens,
+    whose sums take registers too, and for small matrices, so that every processor of the card has a program."""
+    subs = padded(min(subs, 256 // layout.lanes))
+    if INTERPRETED:  # where one program runs after the other
+        return 64 // padded(tokens), subs
+    most = 2 if tokens > 4 or rows < 1024 else 4
+    return max(1, min(most, _VALUES // (subs * layout.lanes))), subs
+
+
+def many_tile(w: Layout, tokens: int, exact: bool) -> tuple[int, int, int]:
+    """(tokens, rows, subs) of a program for many tokens. All fields of a tile are unpacked before its first one is done with, so
+    formats of several fields have narrower tiles, or their registers would spill; so have float32 products."""
+    most, wide = (32, 32) if exact else (64, 64 if w.fields == 1 else 32)
+    return min(most, padded(tokens, 16)), most, wide // w.lanes
+
+
+def _multiply(x: Tensor, w: Matrix, groups: int, out: Tensor) -> None:
+    tokens, rows = x.numel() // (groups * w.cols), w.rows // groups
+    sizes = (tokens, rows, w.subs, w.cols, w.row_bytes, w.apart_cols)
+    layout = w.layout
+    if tokens <= FEW:
+        own, subs = few_tile(layout, tokens, w.subs, rows)
+        _few[(triton.cdiv(rows, own), groups)](x, w.data, w.apart, out, *sizes, FORMAT=w.format, FIELDS=layout.fields,
+                                               LANES=layout.lanes, TOKENS=padded(tokens), ROWS=own, SUBS=subs)
+        return
+    m, n, subs = many_tile(layout, tokens, w.exact)
+    _many[(triton.cdiv(tokens, m), triton.cdiv(rows, n), groups)](
+        x, w.data, w.apart, out, *sizes, FORMAT=w.format, FIELDS=layout.fields, LANES=layout.lanes, M=m, N=n, SUBS=subs,
+        EXACT=w.exact, DOT=DOT)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _few(x: Pointer, data: Pointer, apart: Pointer, out: Pointer, tokens: int, rows: int, subs: int, cols: int, row_bytes: int,
+         apart_cols: int, FORMAT: tl.constexpr, FIELDS: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr,
+         ROWS: tl.constexpr, SUBS: tl.constexpr) -> None:
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = (group * rows + own).to(tl.int64)[:, None, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    token = tl.arange(0, TOKENS)
+    vectors = x + (token.to(tl.int64) * groups + group)[:, None, None, None] * cols
+    total = tl.zeros((TOKENS, ROWS, SUBS, LANES), tl.float32)
+    for first in range(0, subs, SUBS):
+        sub = first + tl.arange(0, SUBS)[None, :, None]
+        inside = (own < rows)[:, None, None] & (sub < subs)
+        for FIELD in tl.static_range(FIELDS):
+            weight = unpacked(FORMAT, FIELD, data, apart, row, sub, lane, inside, cols, row_bytes, apart_cols)
+            column = columns(FORMAT, FIELD, sub, lane)[None]
+            there = (token < tokens)[:, None, None, None] & (column < cols)
+            total += weight[None] * tl.load(vectors + column, there, 0.0)
+    sums = tl.sum(tl.sum(total, 3), 2)
+    to = (token.to(tl.int64) * groups + group)[:, None] * rows + own[None, :]
+    tl.store(out + to, sums, (token < tokens)[:, None] & (own < rows)[None, :])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _many(x: Pointer, data: Pointer, apart: Pointer, out: Pointer, tokens: int, rows: int, subs: int, cols: int, row_bytes: int,
+          apart_cols: int, FORMAT: tl.constexpr, FIELDS: tl.constexpr, LANES: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+          SUBS: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr) -> None:
+    group, groups = tl.program_id(2), tl.num_programs(2)
+    token = tl.program_id(0) * M + tl.arange(0, M)[:, None]
+    own = tl.program_id(1) * N + tl.arange(0, N)
+    row = (group * rows + own).to(tl.int64)[:, None, None]
+    lane = tl.arange(0, LANES)[None, None, :]
+    vectors = x + (token.to(tl.int64) * groups + group) * cols
+    total = tl.zeros((M, N), tl.float32)
+    for first in range(0, subs, SUBS):
+        sub = first + tl.arange(0, SUBS)[None, :, None]
+        inside = (own < rows)[:, None, None] & (sub < subs)
+        for FIELD in tl.static_range(FIELDS):
+            weight = unpacked(FORMAT, FIELD, data, apart, row, sub, lane, inside, cols, row_bytes, apart_cols)
+            total = multiplied(met(FORMAT, FIELD, vectors, token < tokens, first, cols, SUBS * LANES, LANES), weight, total,
+                               EXACT, DOT)
+    to = (token.to(tl.int64) * groups + group) * rows + own[None, :]
+    tl.store(out + to, total, (token < tokens) & (own < rows)[None, :])
+
+
+@triton.jit
+def _embed(ids: Pointer, data: Pointer, apart: Pointer, out: Pointer, subs: int, cols: int, row_bytes: int, apart_cols: int,
+           FORMAT: tl.constexpr, FIELDS: tl.constexpr, LANES: tl.constexpr, SUBS: tl.constexpr) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.load(ids + token) + tl.zeros((1, 1, 1), tl.int64)
+    sub, lane = tl.program_id(1) * SUBS + tl.arange(0, SUBS)[None, :, None], tl.arange(0, LANES)[None, None, :]
+    for FIELD in tl.static_range(FIELDS):
+        column = columns(FORMAT, FIELD, sub, lane)
+        values = unpacked(FORMAT, FIELD, data, apart, row, sub, lane, sub < subs, cols, row_bytes, apart_cols)
+        tl.store(out + token * cols + column, values, (sub < subs) & (column < cols))
+
+
+def _cases() -> tuple[Case, ...]:
+    """The sizes of Flash, for formats that are not those of its experts."""
+    found = []
+    sizes = "i32 i32:16 i32:16 i32:16 i32:16 i32"
+    for name in ("f32", "bf16", "fp8_e4m3", "q8_0", "q6_k", "q5_k", "q3_k"):
+        layout = LAYOUTS[name]
+        about = {"FORMAT": name, "FIELDS": layout.fields, "LANES": layout.lanes}
+        for tokens in (1, 8) if name == "q8_0" else (1,):
+            rows, subs = few_tile(layout, tokens, 128, 4096)
+            found.append(Case(_few, f"*fp32 *u8 *u8 *fp32 {sizes}", {**about, "TOKENS": tokens, "ROWS": rows, "SUBS": subs}))
+        exact = name == "f32"
+        m, n, subs = many_tile(layout, 512, exact)
+        found.append(Case(_many, f"*fp32 *u8 *u8 *fp32 {sizes}",
+                          {**about, "M": m, "N": n, "SUBS": subs, "EXACT": exact, "DOT": DOT}))
+    found.append(Case(_embed, "*i64 *u8 *u8 *fp32 i32:16 i32:16 i32:16 i32",
+                      {"FORMAT": "q8_0", "FIELDS": 1, "LANES": 32, "SUBS": 32}))
+    return tuple(found)
+
+
+AHEAD = _cases()

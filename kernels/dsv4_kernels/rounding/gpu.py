@@ -1,0 +1,163 @@
+"""Rounding and the Hadamard turn in Triton: arithmetic on float32 bits, so no FP8 or FP4 hardware is asked for, and the bits
+are those of `ref`.
+
+A program owns some rows of blocks. Tensors other than float32 go the way of `ref`, and so do the scales themselves, which only
+tests ask for.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor, float32
+
+from dsv4_kernels import alloc
+from dsv4_kernels.ahead import Case
+from dsv4_kernels.gpu import Block, Pointer, dense, padded, to_bf16, warps
+from dsv4_kernels.rounding import FP4, FP8, INDEX_BLOCK, KV_BLOCK, ref
+
+TILE = 4096  # values of a program
+FP8_LARGEST, FP8_LEAST = tl.constexpr(FP8.largest), tl.constexpr(FP8.least)
+FP4_LARGEST, FP4_LEAST = tl.constexpr(FP4.largest), tl.constexpr(FP4.least)
+EXPONENT = tl.constexpr(ref.EXPONENT)
+MANTISSA = tl.constexpr(ref.MANTISSA)
+KV = tl.constexpr(KV_BLOCK)
+INDEX = tl.constexpr(INDEX_BLOCK)
+INVERSE = tl.constexpr(254 << 23)  # less a power of two's bits: the bits of its inverse
+WHOLE = tl.constexpr(1.5 * 2.0**23)  # added and taken away again, it rounds to whole numbers, ties to even
+
+power_of_two_scale = ref.power_of_two_scale
+
+
+def round_fp8(x: Tensor, block: int) -> Tensor:
+    return _rounded(x, block, True) if x.dtype == float32 else ref.round_fp8(x, block)
+
+
+def round_fp4(x: Tensor, block: int) -> Tensor:
+    return _rounded(x, block, False) if x.dtype == float32 else ref.round_fp4(x, block)
+
+
+def round_kv(x: Tensor, rotated: int) -> Tensor:
+    if x.dtype != float32 or not x.numel():
+        return ref.round_kv(x, rotated)
+    x = dense(x)
+    out, d = alloc.empty_like(x), x.shape[-1]
+    blocks = padded((d - rotated) // KV_BLOCK)
+    _round_kv[(x.numel() // d,)](x, out, d, rotated, BLOCKS=blocks, ROTATED=padded(rotated), num_warps=warps(blocks * KV_BLOCK))
+    return out
+
+
+def hadamard(x: Tensor) -> Tensor:
+    return _turned(x, False) if x.dtype == float32 else ref.hadamard(x)
+
+
+def round_index(x: Tensor) -> Tensor:
+    return _turned(x, True) if x.dtype == float32 else ref.round_index(x)
+
+
+def _rounded(x: Tensor, block: int, fp8: bool) -> Tensor:
+    x = dense(x)
+    out, blocks, width = alloc.empty_like(x), x.numel() // block, padded(block)
+    rows = max(1, TILE // width)
+    if blocks:
+        _round_blocks[(triton.cdiv(blocks, rows),)](x, out, blocks, block, FP8=fp8, ROWS=rows, WIDTH=width)
+    return out
+
+
+def _turned(x: Tensor, rounded: bool) -> Tensor:
+    x = dense(x)
+    out, width = alloc.empty_like(x), x.shape[-1]
+    count = x.numel() // width
+    rows = min(padded(count), max(1, TILE // width))
+    if count:
+        _turn[(triton.cdiv(count, rows),)](x, out, count, ROUND=rounded, ROWS=rows, WIDTH=width,
+                                           BITS=width.bit_length() - 1, num_warps=warps(rows * width))
+    return out
+
+
+@triton.jit
+def rounded(x: Block, LARGEST: tl.constexpr, LEAST: tl.constexpr, SMALLEST: tl.constexpr, BITS: tl.constexpr) -> Block:
+    """x [rows, block]: each row rounded to codes with one power-of-two scale; a row with no number in it becomes NaN.
+
+    SMALLEST: below it codes no longer get closer; BITS: of a code's mantissa.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    most = tl.max(magnitude, 1)[:, None]  # as whole numbers, NaN is greater than everything
+    ratio = tl.maximum(most.to(tl.float32, bitcast=True), LEAST) * (1 / LARGEST)
+    scale = (ratio.to(tl.int32, bitcast=True) + MANTISSA) & EXPONENT
+    value = magnitude.to(tl.float32, bitcast=True) * (-scale + INVERSE).to(tl.float32, bitcast=True)
+    value = tl.minimum(value, LARGEST)
+    step = (tl.maximum(value, SMALLEST).to(tl.int32, bitcast=True) & EXPONENT) - (BITS << 23)
+    steps = (value * (-step + INVERSE).to(tl.float32, bitcast=True) + WHOLE) - WHOLE
+    value = steps * step.to(tl.float32, bitcast=True) * scale.to(tl.float32, bitcast=True)
+    signed = (value.to(tl.int32, bitcast=True) | (bits ^ magnitude)).to(tl.float32, bitcast=True)
+    return tl.where(most >= EXPONENT, float("nan"), signed)
+
+
+@triton.jit
+def rounded_fp8(x: Block) -> Block:
+    """x [rows, block] float32 -> E4M3 codes times each row's scale."""
+    return rounded(x, FP8_LARGEST, FP8_LEAST, 0.015625, 3)
+
+
+@triton.jit
+def rounded_fp4(x: Block) -> Block:
+    """x [rows, block] float32 -> E2M1 codes times each row's scale."""
+    return rounded(x, FP4_LARGEST, FP4_LEAST, 1.0, 1)
+
+
+@triton.jit
+def turned(x: Block, ROWS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr) -> Block:
+    """x [ROWS, WIDTH = 2^BITS] times the orthonormal Sylvester-Hadamard matrix.
+
+    Each round takes sums and differences of neighbours and lays the sums before the differences, so that after as many rounds
+    as an index has bits everything is back in its order.
+    """
+    for _ in tl.static_range(BITS):
+        left, right = tl.split(tl.reshape(x, (ROWS, WIDTH // 2, 2)))
+        x = tl.reshape(tl.permute(tl.join(left + right, left - right), (0, 2, 1)), (ROWS, WIDTH))
+    return x * (WIDTH**-0.5)
+
+
+@triton.jit
+def _round_blocks(x: Pointer, out: Pointer, blocks: int, block: int, FP8: tl.constexpr, ROWS: tl.constexpr,
+                  WIDTH: tl.constexpr) -> None:
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    place = tl.arange(0, WIDTH)[None, :]
+    inside = (row < blocks) & (place < block)
+    values = tl.load(x + row * block + place, inside, 0.0)
+    if FP8:
+        values = rounded_fp8(values)
+    else:
+        values = rounded_fp4(values)
+    tl.store(out + row * block + place, values, inside)
+
+
+@triton.jit
+def _round_kv(x: Pointer, out: Pointer, d: int, rotated: int, BLOCKS: tl.constexpr, ROTATED: tl.constexpr) -> None:
+    """A program owns a vector."""
+    start = tl.program_id(0).to(tl.int64) * d
+    still = tl.arange(0, BLOCKS)[:, None] * KV + tl.arange(0, KV)[None, :]
+    inside = still < d - rotated
+    tl.store(out + start + still, rounded_fp8(tl.load(x + start + still, inside, 0.0)), inside)
+    place = d - rotated + tl.arange(0, ROTATED)
+    tl.store(out + start + place, to_bf16(tl.load(x + start + place, place < d, 0.0)), place < d)
+
+
+@triton.jit
+def _turn(x: Pointer, out: Pointer, count: int, ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+          BITS: tl.constexpr) -> None:
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    place = tl.arange(0, WIDTH)[None, :]
+    values = turned(tl.load(x + row * WIDTH + place, row < count, 0.0), ROWS, WIDTH, BITS)
+    if ROUND:
+        values = tl.reshape(rounded_fp4(tl.reshape(values, (ROWS * WIDTH // INDEX, INDEX))), (ROWS, WIDTH))
+    tl.store(out + row * WIDTH + place, values, row < count)
+
+
+AHEAD = (
+    Case(_round_blocks, "*fp32 *fp32 i32 i32:16", {"FP8": True, "ROWS": 64, "WIDTH": 64}),
+    Case(_round_kv, "*fp32 *fp32 i32:16 i32:16", {"BLOCKS": 8, "ROTATED": 64}, warps=1),
+    Case(_turn, "*fp32 *fp32 i32:16", {"ROUND": True, "ROWS": 32, "WIDTH": 128, "BITS": 7}, warps=8),
+)
