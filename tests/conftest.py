@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ["TRITON_INTERPRET"] = "1"  # asked for when Triton is first imported, by whatever test that is
+
 
 @pytest.fixture(scope="session")
 def native_folder(pytestconfig: pytest.Config) -> Path:

@@ -1,9 +1,10 @@
 """Matrix products in Triton, straight on the bytes of the file.
 
 Up to FEW tokens: a program owns some rows, unpacks them once and meets all tokens with them in float32; the columns are split
-among its threads and summed in one order, so the result is the same every time. More tokens: a program owns a tile of tokens and rows;
-weights are unpacked in the kernel, rounded to bf16 like the activations, and multiplied by tensor cores into float32 sums; exact weights
-are multiplied in float32. What has no kernel (another format, activations that are not float32) goes the way of `ref`.
+among its threads and summed in one order, so the result is the same every time. More tokens: a program owns a tile of tokens and
+rows; weights are unpacked in the kernel, rounded to bf16 like the activations, and multiplied by tensor cores into float32 sums;
+exact weights are multiplied in float32. What has no kernel (another format, activations that are not float32) goes the way of
+`ref`.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def embed(ids: Tensor, table: Weight) -> Tensor:
 
 
 def few_tile(layout: Layout, tokens: int, subs: int, rows: int) -> tuple[int, int]:
-    """(rows, subs) of a program for few tokens: whole rows of threads where there are so many columns, fewer rows for more tokens,
-    whose sums take registers too, and for small matrices, so that every processor of the card has a program."""
+    """(rows, subs) of a program for few tokens: whole rows of threads where there are so many columns, fewer rows for more
+    tokens, whose sums take registers too, and for small matrices, so that every processor of the card has a program."""
     subs = padded(min(subs, 256 // layout.lanes))
     if INTERPRETED:  # where one program runs after the other
         return 64 // padded(tokens), subs

@@ -2,9 +2,9 @@
 
 Up to FEW tokens, two launches: a program of the first owns some hidden values of one token and slot and walks through both their
 rows, gate and up; one of the second owns some outputs of a token and walks through its experts, one after another, so that sums
-have one order. More tokens: token-slot pairs are sorted by expert on the device (the host waits for nothing), a program owns a tile of
-pairs of one expert, and each pair's result waits in memory of its own until a last kernel sums them. Experts of several formats
-or shapes, formats without a kernel and activations that are not float32 go the way of `ref`.
+have one order. More tokens: token-slot pairs are sorted by expert on the device (the host waits for nothing), a program owns a tile
+of pairs of one expert, and each pair's result waits in memory of its own until a last kernel sums them. Experts of several
+formats or shapes, formats without a kernel and activations that are not float32 go the way of `ref`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Bank(NamedTuple):
     gate: Matrix
     up: Matrix
     down: Matrix
-    offsets: Tensor  # int64 [6, experts]: of gate, up, down in units of `unit` bytes, then of what lies apart from each, in elements
+    offsets: Tensor  # int64 [6, experts]: of gate, up, down in units of `unit` bytes, then of what lies apart, in elements
     unit: int
 
     @property
-    def count(self) -> int:
+    def experts(self) -> int:
         return self.offsets.shape[1]
 
 
@@ -117,29 +117,29 @@ def _few(x: Tensor, shares: Tensor, chosen: Tensor, bank: Bank, limit: float, ou
     hidden = alloc.empty((tokens * slots, gate.rows), float32, x.device)
     rows, subs = few_tile(gate.layout, 1, gate.subs, gate.rows)
     _hidden_few[(triton.cdiv(gate.rows, rows), tokens * slots)](
-        x, shares, chosen, bank.offsets, gate.data, gate.apart, bank.up.data, bank.up.apart, hidden, slots, bank.count, *_sizes(gate),
-        limit, FORMAT=gate.format, FIELDS=gate.layout.fields, LANES=gate.layout.lanes, UNIT=bank.unit, ROWS=rows, SUBS=subs)
+        x, shares, chosen, bank.offsets, gate.data, gate.apart, bank.up.data, bank.up.apart, hidden, slots, bank.experts,
+        *_sizes(gate), limit, FORMAT=gate.format, FIELDS=gate.layout.fields, LANES=gate.layout.lanes, UNIT=bank.unit, ROWS=rows, SUBS=subs)
     rows, subs = few_tile(down.layout, 1, down.subs, down.rows)
     _down_few[(triton.cdiv(down.rows, rows), tokens)](
-        hidden, chosen, bank.offsets, down.data, down.apart, out, slots, bank.count, *_sizes(down), FORMAT=down.format,
+        hidden, chosen, bank.offsets, down.data, down.apart, out, slots, bank.experts, *_sizes(down), FORMAT=down.format,
         FIELDS=down.layout.fields, LANES=down.layout.lanes, UNIT=bank.unit, ROWS=rows, SUBS=subs, ADD=add)
 
 
 def _many(x: Tensor, shares: Tensor, chosen: Tensor, bank: Bank, limit: float, out: Tensor, add: bool) -> None:
     (tokens, slots), gate, down, d = chosen.shape, bank.gate, bank.down, x.shape[1]
     pairs = tokens * slots
-    most = min(many_tile(part.layout, 1 + pairs // bank.count, part.exact)[0] for part in (gate, down))
-    order, ends, owners, starts = sorted_by_expert(chosen, bank.count, most)
+    most = min(many_tile(part.layout, 1 + pairs // bank.experts, part.exact)[0] for part in (gate, down))
+    order, ends, owners, starts = sorted_by_expert(chosen, bank.experts, most)
     hidden = alloc.empty((pairs, gate.rows), float32, x.device)
     _, n, subs = many_tile(gate.layout, most, gate.exact)
     _hidden_many[(len(owners), triton.cdiv(gate.rows, n // 2))](
         x, shares, order, ends, owners, starts, bank.offsets, gate.data, gate.apart, bank.up.data, bank.up.apart, hidden, slots,
-        bank.count, *_sizes(gate), limit, FORMAT=gate.format, FIELDS=gate.layout.fields, LANES=gate.layout.lanes, UNIT=bank.unit,
+        bank.experts, *_sizes(gate), limit, FORMAT=gate.format, FIELDS=gate.layout.fields, LANES=gate.layout.lanes, UNIT=bank.unit,
         M=most, N=n // 2, SUBS=subs, EXACT=gate.exact, DOT=DOT)
     parts = alloc.empty((pairs, d), float32, x.device)
     _, n, subs = many_tile(down.layout, most, down.exact)
     _down_many[(len(owners), triton.cdiv(d, n))](
-        hidden, order, ends, owners, starts, bank.offsets, down.data, down.apart, parts, bank.count, *_sizes(down),
+        hidden, order, ends, owners, starts, bank.offsets, down.data, down.apart, parts, bank.experts, *_sizes(down),
         FORMAT=down.format, FIELDS=down.layout.fields, LANES=down.layout.lanes, UNIT=bank.unit, M=most, N=n, SUBS=subs,
         EXACT=down.exact, DOT=DOT)
     _combine[(tokens, triton.cdiv(d, 1024))](parts, out, slots, d, ADD=add, COLS=min(1024, padded(d)))
@@ -148,8 +148,8 @@ def _many(x: Tensor, shares: Tensor, chosen: Tensor, bank: Bank, limit: float, o
 def sorted_by_expert(chosen: Tensor, experts: int, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Deals token-slot pairs, sorted by expert, to tiles of at most `most` pairs of one expert, without asking the device.
 
-    chosen int64 [t, k] -> order [t * k] (place -> pair), ends [experts] (the place behind each expert's last pair), and of each tile that
-    there might be: owners (its expert; `experts` for a tile that is none) and starts (its first place). All int64.
+    chosen int64 [t, k] -> order [t * k] (place -> pair), ends [experts] (the place behind each expert's last pair), and of each
+    tile that there might be: owners (its expert; `experts` for a tile that is none) and starts (its first place). All int64.
     """
     flat = chosen.flatten()
     order = flat.argsort(stable=True)

@@ -1,8 +1,8 @@
 """Packed matrices as Triton kernels take them: bytes, what lies apart from them, and how a format is walked through.
 
-A kernel walks along a row in *subs*: runs of columns that share their scales. What a byte holds (two nibbles, four pairs of bits) are
-its *fields*: a byte is loaded once, and its fields meet the columns they belong to one after another, so nothing is ever shuffled
-between threads. A sub has `lanes` columns in each of its `fields`.
+A kernel walks along a row in *subs*: runs of columns that share their scales. What a byte holds (two nibbles, four pairs of bits)
+are its *fields*: a byte is loaded once, and its fields meet the columns they belong to one after another, so nothing is ever
+shuffled between threads. A sub has `lanes` columns in each of its `fields`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def _matrix(name: str, data: Tensor, scale: Tensor | None, shape: tuple[int, ...
         apart, apart_cols = scale if scale.dtype == torch.float32 else scale.view(torch.uint8), scale.shape[1]
     elif name == "iq2_xxs":
         apart = _iq2_xxs(data.device)
-    return Matrix(name, raw, apart, *shape, raw.stride(0), apart_cols, exact or name == "f32")
+    rows, cols = shape
+    return Matrix(name, raw, apart, rows, cols, raw.stride(0), apart_cols, exact or name == "f32")
 
 
 @cache

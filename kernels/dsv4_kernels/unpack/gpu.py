@@ -1,7 +1,7 @@
 """A tile of any packed matrix as float32, in Triton: what every product with packed weights begins with.
 
-Tiles are [rows, subs, lanes] (see the package); what a sub's lanes have in common, its scales, is loaded and unpacked once for all of
-them. Loads outside of the matrix are masked, and what they stand for is 0.
+Tiles are [rows, subs, lanes] (see the package); what a sub's lanes have in common, its scales, is loaded and unpacked once for all
+of them. Loads outside of the matrix are masked, and what they stand for is 0.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def columns(FORMAT: tl.constexpr, FIELD: tl.constexpr, sub: Block, lane: Block) 
 @triton.jit
 def unpacked(FORMAT: tl.constexpr, FIELD: tl.constexpr, data: Pointer, apart: Pointer, row: Block, sub: Block, lane: Block,
              inside: Block, cols: int, row_bytes: int, apart_cols: int) -> Block:
-    """float32 [rows, subs, lanes]: a field of these subs of these rows. row int64 [rows, 1, 1], sub [1, subs, 1], lane [1, 1, lanes],
-    inside [rows, subs, 1]: what of it is there."""
+    """float32 [rows, subs, lanes]: a field of these subs of these rows. row int64 [rows, 1, 1], sub [1, subs, 1], lane [1, 1,
+    lanes], inside [rows, subs, 1]: what of it is there."""
     at = data + row * row_bytes
     if FORMAT == "q8_0":
         at += sub * 34
@@ -190,8 +190,8 @@ def met(FORMAT: tl.constexpr, FIELD: tl.constexpr, x: Pointer, there: Block, fir
 
 @triton.jit
 def multiplied(x: Block, weight: Block, total: Block, EXACT: tl.constexpr, DOT: tl.constexpr) -> Block:
-    """total [m, n] + x [m, k] times the transpose of a tile [n, subs, lanes], by tensor cores that take bf16 and sum float32. With
-    EXACT nothing is rounded and no tensor core is used."""
+    """total [m, n] + x [m, k] times the transpose of a tile [n, subs, lanes], by tensor cores that take bf16 and sum float32.
+    With EXACT nothing is rounded and no tensor core is used."""
     turned = tl.trans(tl.reshape(weight, (weight.shape[0], weight.shape[1] * weight.shape[2])))
     if EXACT:
         total = tl.dot(x, turned, total, input_precision="ieee")
