@@ -73,7 +73,7 @@ class Engine(Loaded):
 
 def _demand_cpu(device: str) -> None:
     if device == "cuda":
-        raise UsageError("There are no GPU kernels yet, so nothing can run on cuda.",
+        raise UsageError("The program does not drive its GPU kernels yet, so nothing can run on cuda.",
                          "Leave --device out, or use --device cpu.")
     if device not in ("auto", "cpu"):
         raise UsageError(f"There is no device {device!r}.", "Choose auto, cpu or cuda.")
