@@ -13,6 +13,7 @@ from dsv4cli import console
 if TYPE_CHECKING:
     from dsv4_quant.plan import Plan
 
+MOST_LINES = 10  # of files written
 PLAIN_SECONDS = 10.0  # between two lines where no bar can be drawn
 
 
@@ -34,8 +35,10 @@ def print_json(plan: Plan) -> None:
 
 def print_written(plan: Plan, seconds: float) -> None:
     """A line a file, and how long it took."""
-    for part in plan.parts:
+    for part in plan.parts[:MOST_LINES]:
         console.note(f"{part.path}: {part.nbytes:,} bytes")
+    if (more := len(plan.parts) - MOST_LINES) > 0:
+        console.note(f"and {more} more")
     console.note(f"{seconds:.0f} s")
 
 

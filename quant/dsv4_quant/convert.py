@@ -104,10 +104,13 @@ def _prepare(drafts: Drafts, journal: Journal, work: str, force: bool) -> None:
     """Makes the drafts, or finds them as the journal says they are. What is refused leaves no trace."""
     known = journal.resume(work)
     output, parts = drafts.plan.output, drafts.plan.parts
+    sources = {info.file.resolve() for info in drafts.plan.source.tensors.values()}
     if known is False and not force:
         raise WrongUse(f"{output} was begun from another source or with other options.", BEGUN_ANEW)
     resumed = bool(known) and drafts.complete(journal.complete)
     try:
+        if any(part.path.resolve() in sources for part in parts):
+            raise WrongUse(f"{output} is what is being read.", "Choose another -o.")
         for part in parts:  # one that was renamed before the program was stopped is no other's
             if not force and part.path.exists() and (draft_of(part).exists() or not resumed):
                 raise WrongUse(f"{part.path} exists already.", "Give --force to replace it, or another -o.")

@@ -209,7 +209,7 @@ def _target(source: Header, spec: GgufSpec, rules: Recipe) -> Target:
     stored, slot = STORED.get(info.dtype, info.dtype.lower()), recipe.slot_of(spec.name)
     kind = rules.type_of(slot, recipe.layer_of(spec.name))
     if kind == KEEP:
-        floats = len(spec.shape) == 1 and not stored.startswith("i")
+        floats = len(spec.shape) == 1 and stored not in ("i64", "i32")
         kind = "f32" if floats else KEPT.get(stored, stored)
     return Target(spec.name, spec.shape, kind, slot, spec.role, spec.official, stored)
 
@@ -218,8 +218,9 @@ def _check_layers(specs: Sequence[GgufSpec], changes: Iterable[Rule]) -> None:
     layers = {layer for spec in specs if (layer := recipe.layer_of(spec.name)) is not None}
     for rule in changes:
         if rule.last is not None and not {rule.first, rule.last} <= layers:
+            which = f"layer {rule.first}" if rule.first == rule.last else f"layers {rule.first} to {rule.last}"
             raise WrongUse(
-                f"{rule.slot} of layers {rule.first} to {rule.last}: the file has layers {min(layers)} to {max(layers)}.",
+                f"--{_option(rule.slot)}: there is no {which}, the file has layers {min(layers)} to {max(layers)}.",
                 "Choose among these.",
             )
 
@@ -259,7 +260,7 @@ def _fitted(targets: list[Target], changes: Sequence[Rule], room: int, wanted: i
     if room < (least := smallest(groups)):
         raise WrongUse(
             f"{wanted:,} bytes are too few: the smallest types make {wanted - room + least:,}.",
-            "Choose a larger --target-size, or smaller types for what is not routed experts.",
+            "Choose a larger --target-size, or smaller types for what it does not choose.",
         )
     rules = Recipe("", tuple(fit(groups, room)))
     kinds = {target.name: rules.type_of(target.slot, recipe.layer_of(target.name) or 0) for target in free}

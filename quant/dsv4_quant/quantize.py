@@ -14,6 +14,7 @@ from dsv4_quant.formats import FORMATS, Packed, e8m0, mxfp4
 from dsv4_quant.plan import Piece, Target
 
 NUMBERS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32}
+WHOLE = ("i64", "i32")  # tables of numbers; IQ formats are weights
 LARGEST_E8M0 = 252  # the largest scale byte with which every FP4 value is still a float32
 # The tensor's GGUF name and the expert (None outside a stack) -> how much an error in each column matters, float32 [columns].
 Lookup = Callable[[str, int | None], Tensor | None]
@@ -61,7 +62,7 @@ def _copied(weight: Packed, rows: slice, piece: Piece, source: Source) -> Tensor
     """The stored rows, where they are or mean exactly what is wanted; None where they have to be computed."""
     stored = _rows(weight, rows)
     if weight.format == piece.target.type:
-        if not weight.format.startswith("i"):
+        if weight.format not in WHOLE:
             _check_finite(FORMATS[weight.format].decode(stored, None), piece, source)
         return stored.clone()  # the map's own pages are let go before the bytes are written
     if weight.format == "fp4" and piece.target.type == "mxfp4" and weight.scale is not None:
@@ -84,7 +85,7 @@ def _rows(weight: Packed, rows: slice) -> Tensor:
 
 def _floats(weight: Packed, rows: slice) -> Tensor:
     """float32 [rows, columns]; whole numbers of a table stay what they are."""
-    if weight.format.startswith("i"):
+    if weight.format in WHOLE:
         return _rows(weight, rows)
     return weight.rows(rows) if len(weight.shape) > 1 else weight.float().reshape(1, -1)
 

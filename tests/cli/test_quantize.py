@@ -118,6 +118,22 @@ def test_an_importance_matrix_of_another_model(run_dsv4: Run, source: Path, tmp_
     assert not (tmp_path / "o.gguf").exists()
 
 
+def test_small_types_can_be_read_again_but_not_onto_themselves(run_dsv4: Run, tmp_path: Path) -> None:
+    first, second = tmp_path / "q2.gguf", tmp_path / "q1.gguf"
+    assert run_dsv4("quantize", "tiny", "-o", str(first), "--recipe", "q2", "-q").code == 0
+    again = run_dsv4("quantize", str(first), "-o", str(second), "--recipe", "q1", "-q")
+    assert again.code == 0, again.err
+    one, other = (open_source(path).read("layers.1.ffn.experts.0.w1.weight") for path in (first, second))
+    assert (one.format, other.format) == ("iq2_xxs", "iq1_m")
+    difference = (one.float() - other.float()).square().mean() / one.float().square().mean()
+    assert difference < 0.25
+    before = first.read_bytes()
+    refused = run_dsv4("quantize", str(first), "-o", str(first), "--recipe", "q1", "--force", "-q")
+    assert refused.code == 2
+    assert "is what is being read" in refused.err
+    assert first.read_bytes() == before
+
+
 def test_check_puts_the_quality_on_the_label(run_dsv4: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quality, "evaluation_text", lambda: "The capital of France is Paris. " * 12)
     done = run_dsv4("quantize", "tiny", "-o", str(tmp_path / "t.gguf"), "--recipe", "q2", "--check", "-q")
@@ -165,6 +181,7 @@ def test_a_check_that_was_stopped_goes_on(run_dsv4: Run, tmp_path: Path, monkeyp
     (("--recipe", "mxfp4", "--downn", "q8_0"), 2, "No such option: --downn", "--down"),
     (("--recipe", "mxfp4", "--dspark"), 1, "has mtp stages, not dspark", "--mtp"),
     (("--recipe", "q2",), 2, "no whole blocks of q2_k", "--down"),
+    (("--recipe", "mxfp4", "--down", "q8_0,9=f16"), 2, "--down: there is no layer 9", "among these"),
     (("--target-size", "1KB"), 2, "1,000 bytes are too few", "larger --target-size"),
     (("--target-size", "plenty"), 2, "--target-size plenty: that is no size", "80GB"),
     (("--recipe", "mxfp4", "--workers", "0"), 2, "--workers 0", "Leave it out"),

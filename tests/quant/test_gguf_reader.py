@@ -178,20 +178,30 @@ def test_keys_that_must_not(edit: Edit, error: type[Exception], says: str, offic
     ("architecture", "says"),
     [
         ("deepseek41", "DeepSeek-V4.1 is not supported yet"),
-        ("dflash", "runs DeepSeek-V4 only"),
+        ("dflash", "DSpark stages"),
         ("llama", "DeepSeek-V4 only"),
     ],
 )
 def test_other_architectures_are_named(architecture: str, says: str, tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", architecture)
-    writer.add_tensor("token_embd.weight", np.zeros((2, 32), dtype=np.float32))
+    with pytest.raises(UnsupportedModel, match=repr(architecture)) as error:
+        open_source(_with_one_tensor(tmp_path / "m.gguf", architecture, "token_embd.weight"))
+    assert says in error.value.hint
+
+
+@pytest.mark.parametrize("name", ["blk.43.nextn.eh_proj.weight", "mtp.0.e_proj.weight"], ids=["llama.cpp", "ds4"])
+def test_a_drafting_block_is_no_model(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="holds the MTP block of a model"):
+        open_source(_with_one_tensor(tmp_path / "mtp.gguf", "deepseek4", name))
+
+
+def _with_one_tensor(path: Path, architecture: str, name: str) -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_tensor(name, np.zeros((2, 32), dtype=np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UnsupportedModel, match=repr(architecture)) as error:
-        open_source(tmp_path / "m.gguf")
-    assert says in error.value.hint
+    return path
 
 
 def test_a_large_vocabulary_is_read_quickly(tmp_path: Path) -> None:

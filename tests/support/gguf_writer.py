@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFValueType as Value
 
 from dsv4_quant import schema
 from dsv4_quant.config import ModelConfig
@@ -24,6 +25,16 @@ from dsv4_quant.formats import FORMATS, Packed
 
 # A tensor's type, from its place in the schema and one of its parts as it is stored.
 Choice = Callable[[schema.GgufSpec, Packed], Kind]
+
+
+class Typed(NamedTuple):
+    """A key's value, written as a type other than the usual one."""
+
+    value: Any
+    kind: Value
+    inner: Value | None = None
+
+
 PREFIX = "deepseek4."
 ORDINARY, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 
@@ -64,10 +75,16 @@ def as_ds4_in_four_bits(spec: schema.GgufSpec, part: Packed) -> Kind:
 
 
 def ds4_keys(config: ModelConfig) -> Callable[[dict[str, Any]], None]:
-    """Edits the converter's keys into those of antirez/ds4, which has `vocab_size` and leaves others out."""
+    """Edits the converter's keys into those of antirez/ds4, which has `vocab_size`, leaves others out and, here, every type of
+    number that it may have for a key and the converter does not."""
 
     def edit(keys: dict[str, Any]) -> None:
         keys["vocab_size"] = config.vocab_size
+        keys.update({"expert_group_count": 0, "expert_group_used_count": 0})
+        original = "rope.scaling.original_context_length"
+        keys[original] = Typed(keys[original], Value.UINT64)
+        for key, inner in (("attention.compress_ratios", Value.UINT32), ("swiglu_clamp_exp", Value.FLOAT64)):
+            keys[key] = Typed(keys[key], Value.ARRAY, inner)
         keys.update(dict.fromkeys(("swiglu_clamp_shexp", "expert_gating_func", "embedding_length_out")))
 
     return edit
@@ -186,7 +203,9 @@ def tokens_of(data: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     if value is None:
         return
-    if isinstance(value, bool):
+    if isinstance(value, Typed):
+        writer.add_key_value(key, value.value, value.kind, value.inner)
+    elif isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
         writer.add_uint32(key, value)

@@ -2,9 +2,9 @@
 
 Up to FEW tokens, two launches: a program of the first owns some hidden values of one token and slot and walks through both their
 rows, gate and up; one of the second owns some outputs of a token and walks through its experts, one after another, so that sums
-have one order. More tokens: token-slot pairs are sorted by expert on the device (the host waits for nothing), a program owns a tile
-of pairs of one expert, and each pair's result waits in memory of its own until a last kernel sums them. Experts of several
-formats or shapes, formats without a kernel and activations that are not float32 go the way of `ref`.
+have one order. More tokens: token-slot pairs are sorted by expert on the device (the host waits for nothing), a program owns a
+tile of pairs of one expert, and each pair's result waits in memory of its own until a last kernel sums them. Experts of
+several formats or shapes, formats without a kernel and activations that are not float32 go the way of `ref`.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def _few(x: Tensor, shares: Tensor, chosen: Tensor, bank: Bank, limit: float, ou
     rows, subs = few_tile(gate.layout, 1, gate.subs, gate.rows)
     _hidden_few[(triton.cdiv(gate.rows, rows), tokens * slots)](
         x, shares, chosen, bank.offsets, gate.data, gate.apart, bank.up.data, bank.up.apart, hidden, slots, bank.experts,
-        *_sizes(gate), limit, FORMAT=gate.format, FIELDS=gate.layout.fields, LANES=gate.layout.lanes, UNIT=bank.unit, ROWS=rows, SUBS=subs)
+        *_sizes(gate), limit, FORMAT=gate.format, FIELDS=gate.layout.fields, LANES=gate.layout.lanes, UNIT=bank.unit,
+        ROWS=rows, SUBS=subs)
     rows, subs = few_tile(down.layout, 1, down.subs, down.rows)
     _down_few[(triton.cdiv(down.rows, rows), tokens)](
         hidden, chosen, bank.offsets, down.data, down.apart, out, slots, bank.experts, *_sizes(down), FORMAT=down.format,
@@ -134,8 +135,8 @@ def _many(x: Tensor, shares: Tensor, chosen: Tensor, bank: Bank, limit: float, o
     _, n, subs = many_tile(gate.layout, most, gate.exact)
     _hidden_many[(len(owners), triton.cdiv(gate.rows, n // 2))](
         x, shares, order, ends, owners, starts, bank.offsets, gate.data, gate.apart, bank.up.data, bank.up.apart, hidden, slots,
-        bank.experts, *_sizes(gate), limit, FORMAT=gate.format, FIELDS=gate.layout.fields, LANES=gate.layout.lanes, UNIT=bank.unit,
-        M=most, N=n // 2, SUBS=subs, EXACT=gate.exact, DOT=DOT)
+        bank.experts, *_sizes(gate), limit, FORMAT=gate.format, FIELDS=gate.layout.fields, LANES=gate.layout.lanes,
+        UNIT=bank.unit, M=most, N=n // 2, SUBS=subs, EXACT=gate.exact, DOT=DOT)
     parts = alloc.empty((pairs, d), float32, x.device)
     _, n, subs = many_tile(down.layout, most, down.exact)
     _down_many[(len(owners), triton.cdiv(d, n))](

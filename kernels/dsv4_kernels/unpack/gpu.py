@@ -1,7 +1,7 @@
 """A tile of any packed matrix as float32, in Triton: what every product with packed weights begins with.
 
-Tiles are [rows, subs, lanes] (see the package); what a sub's lanes have in common, its scales, is loaded and unpacked once for all
-of them. Loads outside of the matrix are masked, and what they stand for is 0.
+Tiles are [rows, subs, lanes] (see the package); what a sub's lanes have in common, its scales, is loaded and unpacked once for
+all of them. Loads outside of the matrix are masked, and what they stand for is 0.
 """
 
 from __future__ import annotations

@@ -54,6 +54,10 @@ ROPE = {
     "beta_slow": ("rope.scaling.yarn_beta_slow", 1.0),
 }
 
+OWN_FILE = "Give the model's own file."
+OTHERS = {"deepseek41": "DeepSeek-V4.1 is not supported yet.",
+          "dflash": f"Those are DSpark stages, which draft for a model. {OWN_FILE}"}  # architecture -> hint
+
 
 def config_dict(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], origin: str) -> dict[str, Any]:
     """The official configuration of a GGUF. Raises UnsupportedModel and, for a missing key, CorruptFile."""
@@ -61,8 +65,10 @@ def config_dict(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     if architecture != ARCHITECTURE:
         raise UnsupportedModel(
             f"{origin} holds a {architecture!r} model, not DeepSeek-V4 ({ARCHITECTURE!r}).",
-            "DeepSeek-V4.1 is not supported yet." if architecture == "deepseek41" else "dsv4 runs DeepSeek-V4 only.",
+            OTHERS.get(str(architecture), "dsv4 runs DeepSeek-V4 only."),
         )
+    if "blk.0.attn_norm.weight" not in shapes and any(".nextn." in name or name.startswith("mtp.0.") for name in shapes):
+        raise UnsupportedModel(f"{origin} holds the MTP block of a model, not the model.", OWN_FILE)
     reader = _Keys(metadata, origin)
     _check_constants(metadata, origin)
     config = {ours: _decimal(_scalar(reader(theirs), ours, origin)) for ours, theirs in KEYS.items()}
