@@ -67,6 +67,7 @@ TORCH_FREE = [
     "dsv4cli",
     "dsv4_quant",
     "dsv4_quant.files",
+    "dsv4cli.engine.machine",
     "dsv4cli.cli",
     "dsv4cli.commands",
     "dsv4cli.commands.show",

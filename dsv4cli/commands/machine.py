@@ -15,6 +15,8 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "gguf", "tokenizers", "hu
             "prompt_toolkit")
 TELLING_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni",
                  "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "neon", "asimd", "sve", "bf16", "i8mm")
+MEASURED = {"memory": "memory", "sequential": "disk, in order", "random": "disk, at random", "to_gpu": "to the gpu",
+            "from_gpu": "from the gpu"}
 CGROUP_2 = ("/sys/fs/cgroup", "memory.max")
 CGROUP_1 = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
 
@@ -52,6 +54,17 @@ def gpu() -> dict[str, Any]:
     return {"cuda": torch.version.cuda,
             **{f"gpu {index}": f"{card.name}, {card.total_memory / 1e9:.1f} GB, compute {card.major}.{card.minor}"
                for index, card in enumerate(cards)}}
+
+
+def measured() -> dict[str, Any]:
+    """The rates that `dsv4 doctor --measure` found, when, and on which disk and GPU."""
+    from dsv4cli.engine.machine import load
+
+    profile = load()
+    if profile is None:
+        return {"rates": "not measured; dsv4 doctor --measure does"}
+    return {**{MEASURED[name]: {"bytes_s": rate} for name, rate in profile.rates().items()},
+            "disk of": profile.folder, "gpu": profile.gpu or "none", "date": profile.date}
 
 
 def places() -> dict[str, Any]:

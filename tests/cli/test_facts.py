@@ -13,6 +13,9 @@ import pytest
 
 from dsv4cli import paths
 from dsv4cli.commands import doctor, machine
+from dsv4cli.console import in_bytes
+from dsv4cli.engine import measuring
+from dsv4cli.engine.machine import load
 from tests.support.program import Outcome, environment
 from tests.support.synth import Checkpoint, Shape
 
@@ -107,7 +110,8 @@ def test_list_shows_finished_models_only(run_dsv4: Run, checkpoint: Path) -> Non
 def test_doctor_tells_values_with_their_origins(run_dsv4: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSV4_TEMP", "0.5")
     told = json.loads(run_dsv4("doctor", "--json").out)
-    assert list(told) == ["versions", "cpu", "memory", "gpu", "paths", "settings", "cpu kernels", "backends"]
+    assert list(told) == ["versions", "cpu", "memory", "gpu", "measured", "paths", "settings", "cpu kernels",
+                          "backends"]
     assert told["cpu kernels"]["threads"] >= 1
     assert told["settings"]["temp"] == {"value": 0.5, "origin": "DSV4_TEMP"}
     assert told["settings"]["think"] == {"value": "high", "origin": "default"}
@@ -116,6 +120,30 @@ def test_doctor_tells_values_with_their_origins(run_dsv4: Run, monkeypatch: pyte
     assert told["cpu"]["cores allowed"] >= 1
     assert told["memory"]["available to a model"]["bytes"] <= told["memory"]["installed"]["bytes"]
     assert all(choice["reason"] for choice in told["backends"].values())
+
+
+def test_doctor_measures_when_asked_and_remembers(run_dsv4: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "SAMPLE", 16 << 20)
+    assert "rates" in json.loads(run_dsv4("doctor", "--json").out)["measured"]
+    done = run_dsv4("doctor", "--measure", "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)["measured"]
+    profile = load()
+    assert profile is not None
+    assert told["memory"] == {"bytes_s": profile.memory}
+    assert told["disk, at random"] == {"bytes_s": profile.random}
+    assert told["disk of"] == str(paths.models())
+    shown = run_dsv4("doctor").out
+    assert f"  date             {profile.date}" in shown
+    assert f"  memory           {in_bytes(int(profile.memory or 0))}/s" in shown
+
+
+def test_doctor_refuses_to_measure_without_room(run_dsv4: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "SAMPLE", 1 << 60)
+    done = run_dsv4("doctor", "--measure")
+    assert done.code == 3
+    assert "free on the disk" in done.err
+    assert load() is None
 
 
 def test_without_a_compiler_doctor_says_why_and_models_still_run(tmp_path: Path) -> None:
