@@ -125,6 +125,7 @@ def test_a_prompt_longer_than_the_context(run_dsv4: Run) -> None:
 
 def test_a_model_larger_than_memory(run_dsv4: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "available_memory", lambda: 20_000_000)
+    monkeypatch.setattr(opening, "resident_bytes", lambda: 0)
     shown = run_dsv4("run", "hello")
     assert (shown.code, shown.out) == (3, "")
     assert "but only 20.0 MB are available" in shown.err
