@@ -87,6 +87,6 @@ def test_a_download_beside_a_plain_copy(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "ways.csv").read_text().splitlines()))
-    assert [row["way"] for row in rows] == ["copy", "pull", "hub", "hash"]
+    assert [row["way"] for row in rows] == ["copy", "bare", "pull", "hub", "hash"]
     assert all(float(row["seconds"]) > 0 and float(row["cpu_seconds"]) > 0 for row in rows)
     assert done.stdout.splitlines()[-3].startswith("| pull | ")

@@ -99,7 +99,7 @@ def test_a_saved_conversation_goes_on_bitwise(tiny: Engine, tmp_path: Path) -> N
 
 
 def test_tiny_is_small_in_memory(tiny: Engine) -> None:
-    assert tiny.plan.needed < 200_000_000
+    assert tiny.plan.needed - tiny.plan.program < 200_000_000
     assert tiny.weight_bytes == pytest.approx(tiny.plan.expanded, rel=0.01)
     session = tiny.session()
     session.sync([tiny.config.bos_token_id])
