@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from dsv4_kernels.attention import Entries, sparse_attention
+from dsv4_kernels.cache import keep_keys
 from dsv4_kernels.indexer import top_indices
-from dsv4_kernels.linear import grouped_linear, linear
-from dsv4_kernels.norm_rope import rms_norm, rotate
+from dsv4_kernels.linear import grouped_linear, linear, linears
+from dsv4_kernels.norm_rope import norm_rotate, rms_norm, rotate
 from dsv4_quant.config import ModelConfig
 from dsv4cli.model.compressor import Compressor
 from dsv4cli.model.numerics import Numerics
@@ -17,7 +18,11 @@ from dsv4cli.model.weights import AttentionWeights, IndexerWeights
 
 
 class Attention:
-    """Window attention; with compression also over entries; with an indexer over those that it picks."""
+    """Window attention; with compression also over entries; with an indexer over those that it picks.
+
+    All that is projected from one input is projected in one call: the input by `of_x`, the latent query by wq_b and, where
+    there are entries to choose among, by the indexer's.
+    """
 
     def __init__(self, weights: AttentionWeights, config: ModelConfig, ratio: int, numerics: Numerics) -> None:
         self.weights = weights
@@ -25,39 +30,43 @@ class Attention:
         self.ratio = ratio
         self.numerics = numerics
         self.compressor = self.indexer = None
+        self.of_x = [weights.wq_a, weights.wkv]
         if weights.compressor is not None:
-            self.compressor = Compressor(weights.compressor, ratio, config.rms_norm_eps, self._kept)
+            self.compressor = Compressor(weights.compressor, ratio, config.rms_norm_eps, numerics.kv)
+            self.of_x += [weights.compressor.wkv, weights.compressor.wgate]
         if weights.indexer is not None:
             self.indexer = Indexer(weights.indexer, config, ratio, numerics)
+            self.of_x += self.indexer.of_x
 
     def __call__(self, x: Tensor, step: Step, state: LayerState) -> Tensor:
         """x [t, hidden], normed -> [t, hidden]; the tokens' keys join the state."""
         w, c = self.weights, self.config
         turns = step.compress_turns if self.ratio else step.window_turns
-        latent = rms_norm(linear(x, w.wq_a), w.q_norm, c.rms_norm_eps)
-        q = linear(latent, w.wq_b).unflatten(-1, (c.num_attention_heads, c.head_dim))
-        q = rotate(rms_norm(q, None, c.rms_norm_eps), turns)
-        kv = rotate(rms_norm(linear(x, w.wkv), w.kv_norm, c.rms_norm_eps), turns)
+        latent, kv, *compressed = linears(x, self.of_x)
+        latent = rms_norm(latent, w.q_norm, c.rms_norm_eps)
+        choosing = [self.indexer.weights.wq_b] if self.indexer is not None and self.indexer.chooses(step) else []
+        q, *index_q = linears(latent, [w.wq_b, *choosing])
+        q = norm_rotate(q.unflatten(-1, (c.num_attention_heads, c.head_dim)), None, c.rms_norm_eps, turns)
 
-        recent = state.ring.push(self._kept(kv), step.start)
-        entries = self._entries(x, latent, step, state)
-        out = sparse_attention(q, recent, entries, w.sink, c.sliding_window)
-
+        keys = state.ring.place(len(x), step.start)
+        keep_keys(kv, w.kv_norm, c.rms_norm_eps, turns, self.numerics.kv, keys)
+        recent = state.ring.push(keys, step.start)
+        entries = self._entries(compressed, index_q, step, state)
         # A key carries its rotation into the value it also is; turning back leaves only the distance to the query.
-        groups = rotate(out, turns, inverse=True).reshape(len(x), c.o_groups, -1)
-        return linear(grouped_linear(groups, w.wo_a).flatten(1), w.wo_b)
+        out = sparse_attention(q, recent, entries, w.sink, c.sliding_window, turns)
+        return linear(grouped_linear(out.reshape(len(x), c.o_groups, -1), w.wo_a).flatten(1), w.wo_b)
 
-    def _entries(self, x: Tensor, latent: Tensor, step: Step, state: LayerState) -> Entries | None:
-        """What of the compressed past each token sees."""
+    def _entries(self, compressed: list[Tensor], index_q: list[Tensor], step: Step, state: LayerState) -> Entries | None:
+        """What of the compressed past each token sees; index_q is empty where nothing has to be chosen."""
         if self.compressor is None or state.entries is None:
             return None
-        self.compressor(x, step, state.entries)
+        kv, scores, *of_indexer = compressed
+        self.compressor(kv, scores, step, state.entries)
         visible = step.groups(self.ratio).visible
-        chosen = self.indexer(x, latent, visible, step, state) if self.indexer is not None else None
+        chosen = None
+        if self.indexer is not None:
+            chosen = self.indexer(of_indexer, index_q, visible, step, state)
         return Entries(state.entries.store.filled, visible, chosen)
-
-    def _kept(self, kv: Tensor) -> Tensor:
-        return self.numerics.kv(kv, self.config.qk_rope_head_dim)
 
 
 class Indexer:
@@ -65,17 +74,26 @@ class Indexer:
 
     def __init__(self, weights: IndexerWeights, config: ModelConfig, ratio: int, numerics: Numerics) -> None:
         self.weights = weights
+        self.ratio = ratio
         self.heads, self.width, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
         self.numerics = numerics
         self.compressor = Compressor(weights.compressor, ratio, config.rms_norm_eps, numerics.index)
+        self.of_x = [weights.compressor.wkv, weights.compressor.wgate, weights.weights_proj]
 
-    def __call__(self, x: Tensor, latent: Tensor, visible: Tensor, step: Step, state: LayerState) -> Tensor | None:
-        """Indices int64 [t, topk] of entries (-1: none), or None while there are no more than topk."""
+    def chooses(self, step: Step) -> bool:
+        """Whether there will be more entries than attention may look at."""
+        return (step.start + len(step.ids)) // self.ratio > self.topk
+
+    def __call__(self, projected: list[Tensor], q: list[Tensor], visible: Tensor, step: Step,
+                 state: LayerState) -> Tensor | None:
+        """projected: the input by `of_x`; q: the latent query by wq_b [t, heads * width], or nothing unless it `chooses`.
+
+        -> indices int64 [t, topk] of entries (-1: none), or None while there are no more than topk.
+        """
         assert state.index is not None, "a layer with an indexer keeps index keys"
-        self.compressor(x, step, state.index)
-        keys = state.index.store.filled
-        if len(keys) <= self.topk:
+        kv, scores, weights = projected
+        self.compressor(kv, scores, step, state.index)
+        if not q:
             return None
-        q = linear(latent, self.weights.wq_b).unflatten(-1, (self.heads, self.width))
-        q = self.numerics.index(rotate(q, step.compress_turns))
-        return top_indices(q, linear(x, self.weights.weights_proj), keys, visible, self.topk)
+        queries = rotate(q[0].unflatten(-1, (self.heads, self.width)), step.compress_turns)
+        return top_indices(self.numerics.index_queries(queries), weights, state.index.store.filled, visible, self.topk)

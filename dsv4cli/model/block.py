@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from dsv4_kernels.hyper import HyperSettings, mix_streams, spread_streams
-from dsv4_kernels.norm_rope import rms_norm
 from dsv4_quant.config import ModelConfig
 from dsv4cli.model.attention import Attention
 from dsv4cli.model.moe import Moe
@@ -20,7 +19,6 @@ class Block:
 
     def __init__(self, weights: LayerWeights, config: ModelConfig, layer: int, numerics: Numerics) -> None:
         self.weights = weights
-        self.eps = config.rms_norm_eps
         self.hyper = HyperSettings(config.rms_norm_eps, config.hc_eps, config.hc_sinkhorn_iters)
         self.attention = Attention(weights.attention, config, config.ratio(layer), numerics)
         self.moe = Moe(weights.moe, config)
@@ -28,10 +26,10 @@ class Block:
     def __call__(self, streams: Tensor, step: Step, state: LayerState) -> Tensor:
         """streams [t, hc_mult, hidden] -> the same, one layer later."""
         w = self.weights
-        x, post, across = mix_streams(streams, w.hc_attn, self.hyper)
-        out = self.attention(rms_norm(x, w.attn_norm, self.eps), step, state)
+        x, post, across = mix_streams(streams, w.hc_attn, self.hyper, w.attn_norm)
+        out = self.attention(x, step, state)
         streams = spread_streams(out, streams, post, across)
 
-        x, post, across = mix_streams(streams, w.hc_ffn, self.hyper)
-        out = self.moe(rms_norm(x, w.ffn_norm, self.eps), step.ids)
+        x, post, across = mix_streams(streams, w.hc_ffn, self.hyper, w.ffn_norm)
+        out = self.moe(x, step.ids)
         return spread_streams(out, streams, post, across)

@@ -72,6 +72,9 @@ class Collector:
         if door in ("linear", "grouped_linear", "route_learned", "route_by_hash"):
             x, weight = given[:2]
             self._met(self._names.get(id(weight)), x)
+        elif door == "linears":
+            for weight in given[1]:
+                self._met(self._names.get(id(weight)), given[0])
         elif door == "shared_expert":
             self._shared_expert(*given)
         elif door == "routed_experts":

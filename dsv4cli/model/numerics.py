@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsv4_kernels.rounding import round_index, round_kv
+from dsv4_kernels.cache import Rounding
+from dsv4_kernels.rounding import round_index
 from dsv4cli.model.sizes import demand_numerics
 
 
@@ -24,13 +25,11 @@ class Numerics:
     name: str = "plain"
     cache: torch.dtype = torch.float32
     exact: bool = True  # products take activations as they are, also where the weights are packed
+    kv: Rounding = "none"  # of K=V vectors on their way into the cache
+    index: Rounding = "none"  # of index keys
 
-    def kv(self, x: Tensor, rotated: int) -> Tensor:
-        """What the cache keeps of K=V vectors [..., head_dim], whose last `rotated` values are rotated."""
-        return x
-
-    def index(self, x: Tensor) -> Tensor:
-        """What the indexer keeps of keys and compares of queries [..., index_head_dim]."""
+    def index_queries(self, x: Tensor) -> Tensor:
+        """What the indexer compares with its keys: queries [..., index_head_dim], rotated."""
         return x
 
 
@@ -41,11 +40,10 @@ class Official(Numerics):
     name: str = "official"
     cache: torch.dtype = torch.bfloat16
     exact: bool = False
+    kv: Rounding = "kv"
+    index: Rounding = "index"
 
-    def kv(self, x: Tensor, rotated: int) -> Tensor:
-        return round_kv(x, rotated)
-
-    def index(self, x: Tensor) -> Tensor:
+    def index_queries(self, x: Tensor) -> Tensor:
         return round_index(x)
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import alloc
-from dsv4_kernels.cache import keep
 from dsv4_kernels.compressor import OVERLAPPING, Pending
 from dsv4_quant.config import ModelConfig
 from dsv4cli.errors import CorruptError, UsageError
@@ -30,16 +29,21 @@ class Ring:
     def __init__(self, window: int, width: int, dtype: torch.dtype) -> None:
         self.rows = alloc.empty((window, width), dtype)
 
+    def place(self, t: int, position: int) -> Tensor:
+        """Where the keys [t, d] of tokens position .. position + t are to be written before `push` takes them."""
+        if t == 1:
+            slot = position % len(self.rows)
+            return self.rows[slot:slot + 1]
+        return alloc.empty((t, self.rows.shape[1]), self.rows.dtype)
+
     def push(self, kv: Tensor, position: int) -> Tensor:
-        """Takes kv [t, d] of tokens position .. position + t; returns the keys that these see: up to window - 1 tokens
-        before, then their own, in order (for t = 1 in the ring's order, which a single query does not mind)."""
+        """Takes what was written to `place`; returns the keys that these tokens see: up to window - 1 tokens before, then
+        their own, in order (for t = 1 in the ring's order, which a single query does not mind)."""
         window, t = len(self.rows), len(kv)
         if t == 1:
-            slot = position % window
-            keep(kv, self.rows[slot:slot + 1])
             return self.rows[:min(position + 1, window)]
         slots = torch.arange(max(0, position - window + 1), position + t) % window
-        recent = torch.cat([self.rows[slots[:-t]], kv.to(self.rows.dtype)])
+        recent = torch.cat([self.rows[slots[:-t]], kv])
         self.rows[slots[-min(t, window):]] = recent[-min(t, window):]
         return recent
 
@@ -52,9 +56,10 @@ class Store:
         self.count = 0
         self.rows = alloc.empty((0, width), dtype)
 
-    def append(self, entries: Tensor) -> None:
-        keep(entries, self.rows[self.count:self.count + len(entries)])
-        self.count += len(entries)
+    def extend(self, count: int) -> Tensor:
+        """Where the next `count` entries are to be written, which are counted as filled from now on."""
+        self.count += count
+        return self.rows[self.count - count:self.count]
 
     @property
     def filled(self) -> Tensor:

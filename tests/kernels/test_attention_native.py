@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.attention import Entries, ref, sparse_attention
+from dsv4_kernels.norm_rope import frequencies, rotate, turns
 from tests.kernels.native import kernels  # noqa: F401
 from tests.support.tolerance import assert_close
 
@@ -103,3 +104,14 @@ def test_no_number_stays_no_number(random: torch.Generator) -> None:
 def test_doubles_go_the_way_of_the_reference(random: torch.Generator) -> None:
     q, recent, sink = (x.double() for x in drawn(3, 4, 32, 2, random))
     assert torch.equal(sparse_attention(q, recent, None, sink, WINDOW), ref.sparse_attention(q, recent, None, sink, WINDOW))
+
+
+@pytest.mark.parametrize(("heads", "d", "pairs"), [(1, 2, 1), (3, 65, 32), (64, 128, 32)])
+def test_what_comes_out_is_turned_back(heads: int, d: int, pairs: int, random: torch.Generator) -> None:
+    for t in (1, 19):
+        q, recent, sink = drawn(t, heads, d, 5, random)
+        table = turns(torch.arange(5, 5 + t), frequencies(2 * pairs, 10000))
+        straight = sparse_attention(q, recent, None, sink, WINDOW)
+        assert torch.equal(sparse_attention(q, recent, None, sink, WINDOW, table), rotate(straight, table, inverse=True))
+        expected = ref.sparse_attention(q.double(), recent.double(), None, sink.double(), WINDOW, table.to(torch.complex128))
+        assert_close(sparse_attention(q, recent, None, sink, WINDOW, table), expected.float())

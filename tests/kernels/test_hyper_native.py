@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dsv4_kernels import backends
 from dsv4_kernels.hyper import HyperSettings, Mixer, merge_streams, mix_streams, ref, spread_streams
+from dsv4_kernels.norm_rope import rms_norm
 from tests.kernels.native import kernels  # noqa: F401
 from tests.support.tolerance import assert_close
 
@@ -108,3 +109,14 @@ def test_other_types_are_computed_by_the_reference(random: torch.Generator) -> N
     assert torch.equal(merge_streams(streams, head, SETTINGS), ref.merge_streams(streams, head, SETTINGS))
     x, post, across = found
     assert torch.equal(spread_streams(x, streams, post, across), ref.spread_streams(x, streams, post, across))
+
+
+@pytest.mark.parametrize(("t", "s", "d"), [(1, 4, 64), (5, 4, 515), (127, 3, 31)])
+def test_the_mixture_is_normed_on_the_way(t: int, s: int, d: int, random: torch.Generator) -> None:
+    streams, mixer, norm = torch.randn(t, s, d, generator=random), mixer_of(random, s, d), torch.randn(d, generator=random)
+    found, plain = mix_streams(streams, mixer, SETTINGS, norm), mix_streams(streams, mixer, SETTINGS)
+    assert torch.equal(found[0], rms_norm(plain[0], norm, SETTINGS.norm_eps))
+    assert all(torch.equal(*both) for both in zip(found[1:], plain[1:], strict=True))
+    assert_close(found[0], ref.mix_streams(streams.double(), wide(mixer), SETTINGS, norm.double())[0])
+    with pytest.raises(ValueError, match="norm weight"):
+        mix_streams(streams, mixer, SETTINGS, norm[1:])

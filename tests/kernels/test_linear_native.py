@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import backends
-from dsv4_kernels.linear import grouped_linear, linear, ref
+from dsv4_kernels.linear import grouped_linear, linear, linears, ref
 from dsv4_kernels.native.weights import FORMATS, native
 from dsv4_quant.formats import FORMATS as ALL_FORMATS
 from dsv4_quant.formats import Packed, fp4, fp8_e4m3, q8_0
@@ -175,3 +175,21 @@ def test_look_up_tables_are_gguf_s() -> None:
     assert np.array_equal(grids.iq2_xxs().numpy(), gguf.quants.IQ2_XXS.grid.reshape(256, 8))
     gguf.quants.IQ3_XXS.init_grid()
     assert np.array_equal(grids.iq3_xxs().numpy(), gguf.quants.IQ3_XXS.grid.reshape(256, 4))
+
+
+@pytest.mark.parametrize("names", [("q8_0",), ("q8_0", "mxfp4"), ("fp4", "f32", "q2_k", "q8_0", "bf16"),
+                                   ("q4_k", "iq2_xxs", "mxfp4"), tuple(FORMATS), ("q8_0",) * 9])
+@pytest.mark.parametrize("shape", [(1,), (5,), (1, 2)])
+def test_several_matrices_are_as_one_by_one(names: tuple[str, ...], shape: tuple[int, ...], random: torch.Generator) -> None:
+    x = torch.randn(*shape, 768, generator=random)
+    weights = [made(name, 1 + 37 * i, 768, random) for i, name in enumerate(names)]
+    for found, weight in zip(linears(x, weights), weights, strict=True):
+        assert torch.equal(found, linear(x, weight))
+
+
+def test_among_several_one_may_have_no_kernel(random: torch.Generator) -> None:
+    x, weights = torch.randn(1, 64, generator=random), [made("q8_0", 3, 64, random), torch.randn(64, 5, generator=random).T]
+    assert [part.shape for part in linears(x, weights)] == [(1, 3), (1, 5)]
+    assert_close(linears(x, weights)[1], x @ weights[1].T)
+    with pytest.raises(ValueError, match="weight has shape"):
+        linears(x[:, 1:], weights)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import backends
-from dsv4_kernels.norm_rope import frequencies, ref, rms_norm, rotate, turns
+from dsv4_kernels.norm_rope import frequencies, norm_rotate, ref, rms_norm, rotate, turns
 from tests.kernels.native import kernels  # noqa: F401
 from tests.support.tolerance import assert_close
 
@@ -35,6 +35,17 @@ def test_rotation_equals_the_reference(t: int, heads: tuple[int, ...], d: int, p
         turned = rotate(x, table, inverse=inverse)
         assert torch.equal(turned[..., :d - 2 * pairs], x[..., :d - 2 * pairs])
         assert_close(turned, ref.rotate(x.double(), table.to(torch.complex128), inverse))
+
+
+@pytest.mark.parametrize("heads", [(), (3,), (2, 5)])
+@pytest.mark.parametrize(("d", "pairs"), [(2, 1), (65, 32), (512, 32), (31, 15)])
+def test_both_at_once_are_one_after_the_other(heads: tuple[int, ...], d: int, pairs: int, random: torch.Generator) -> None:
+    for t in (1, 5, 127):
+        x, table, weight = torch.randn(t, *heads, d, generator=random), table_of(t, pairs), torch.randn(d, generator=random)
+        for norm in (weight, None):
+            assert torch.equal(norm_rotate(x, norm, 1e-6, table), rotate(rms_norm(x, norm, 1e-6), table))
+    with pytest.raises(ValueError, match="fewer than"):
+        norm_rotate(torch.randn(1, 2 * pairs - 1), None, 1e-6, table_of(1, pairs))
 
 
 def test_large_prompts_are_shared_out(random: torch.Generator) -> None:

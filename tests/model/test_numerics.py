@@ -1,15 +1,18 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from dsv4_kernels.cache import keep_keys
+from dsv4_kernels.indexer import top_indices
+from dsv4_kernels.norm_rope import rms_norm
 from dsv4_kernels.rounding import hadamard, round_fp4, round_fp8
-from dsv4cli.model.numerics import Numerics, numerics_named
+from dsv4cli.model.numerics import numerics_named
 from dsv4cli.model.transformer import Model
 from tests.model.conftest import Bound
-from tests.support.tolerance import CHUNKS, assert_close, relative_error
+from tests.support.tolerance import relative_error
 
 
 def test_official_rounds_and_plain_does_not(bound: Bound, ids: Tensor) -> None:
@@ -41,24 +44,24 @@ def test_an_official_state_holds_only_what_rounding_leaves(bound: Bound, ids: Te
             assert torch.equal(round_fp4(keys), keys)
 
 
-@dataclass(frozen=True)
-class Turned(Numerics):
-    """Official's Hadamard turn without its rounding."""
-
-    def index(self, x: Tensor) -> Tensor:
-        return hadamard(x)
-
-
-def test_the_hadamard_turn_meets_itself(bound: Bound, ids: Tensor) -> None:
+def test_the_hadamard_turn_meets_itself() -> None:
     """Applied to keys and queries alike it cancels; on one side alone it would choose other entries."""
-    plain = bound()
-    turned = Model(plain.weights, plain.config, Turned())
-    assert_close(*(model.forward(ids, model.new_state(400), logits="all") for model in (turned, plain)), CHUNKS)
+    random = torch.Generator().manual_seed(1)
+    q, keys = torch.randn(5, 3, 32, generator=random), torch.randn(40, 32, generator=random)
+    weights, visible = torch.rand(5, 3, generator=random), torch.full((5,), 40)
+    straight, both, one = (top_indices(*given, visible, 7).sort().values for given in (
+        (q, weights, keys), (hadamard(q), weights, hadamard(keys)), (hadamard(q), weights, keys)))
+    assert torch.equal(straight, both)
+    assert not torch.equal(straight, one)
 
 
 def test_only_the_rotated_part_escapes_fp8() -> None:
     x = torch.randn(3, 192, generator=torch.Generator().manual_seed(1))
-    kept = numerics_named("official").kv(x, 64)
-    assert torch.equal(kept, torch.cat([round_fp8(x[:, :128]), x[:, 128:].to(torch.bfloat16).float()], -1))
-    assert numerics_named("plain").kv(x, 64) is x
-    assert numerics_named("plain").index(x) is x
+    normed, still = rms_norm(x, None, 1e-6), torch.ones(3, 32, dtype=torch.complex64)
+    kept = {name: torch.zeros(3, 192) for name in ("official", "plain")}
+    for name, to in kept.items():
+        keep_keys(x, torch.ones(192), 1e-6, still, numerics_named(name).kv, to)
+    assert torch.equal(kept["official"], torch.cat([round_fp8(normed[:, :128]), normed[:, 128:].to(torch.bfloat16).float()], -1))
+    assert torch.equal(kept["plain"], normed)
+    assert numerics_named("plain").index == "none"
+    assert numerics_named("plain").index_queries(x) is x

@@ -36,7 +36,8 @@ class Watch(TorchDispatchMode):
         kept = alloc._held
         if kept is not None and "empty" not in str(op):
             known = {x.untyped_storage().data_ptr() for x in kept if isinstance(x, Tensor)}
-            if before & known - self._places((made,)):  # a view has its place in common with what it is a view of
+            views = made if isinstance(made, (tuple, list)) else (made,)
+            if before & known - self._places(views):  # a view has its place in common with what it is a view of
                 self.touched.append(str(op))
         return made
 

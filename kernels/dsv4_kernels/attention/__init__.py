@@ -22,13 +22,14 @@ class Entries(NamedTuple):
     chosen: Tensor | None
 
 
-def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int, *,
-                     backend: str | None = None) -> Tensor:
+def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int,
+                     turns: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """softmax(q . kv / sqrt(d)) . kv, where each kv vector is key and value of every head.
 
     q [t, heads, d]; recent [m + t, d]: the m tokens before the first query's and the queries' own, in order; query i
     sees the last `window` of recent[: m + i + 1] (for t = 1 the order is free). sink [heads] takes part in the
-    denominator alone. kv may be of a narrower float type. -> like q. Keys are scored in tiles of queries.
+    denominator alone. kv may be of a narrower float type. -> like q. Keys are scored in tiles of queries. With turns complex
+    [t, pairs] the result is turned back by them: a key carries its rotation into the value that it also is.
     """
     t, heads, d = q.shape
     demand_shape("recent", recent, None, d)
@@ -40,4 +41,6 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
         demand_shape("visible", entries.visible, t)
         if entries.chosen is not None:
             demand_shape("chosen", entries.chosen, t, None)
-    return pick("attention", q.device.type, backend).module.sparse_attention(q, recent, entries, sink, window)
+    if turns is not None:
+        demand_shape("turns", turns, t, None)
+    return pick("attention", q.device.type, backend).module.sparse_attention(q, recent, entries, sink, window, turns)

@@ -17,6 +17,7 @@ from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
 from dsv4_kernels.attention import Entries, ref
 from dsv4_kernels.gpu import CACHED, DOT, Block, Pointer, dense, multiplied, padded, warps
+from dsv4_kernels.norm_rope.gpu import rotate
 
 HEADS = 16  # of a program: what a tensor core takes
 PROGRAMS = 256  # that keep a card busy; with fewer tokens than that, keys are dealt out too
@@ -30,11 +31,12 @@ class Plan(NamedTuple):
     splits: int
 
 
-def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int) -> Tensor:
+def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int,
+                     turns: Tensor | None = None) -> Tensor:
     if entries is not None and not len(entries.kv):
         entries = None
     if not q.dtype == sink.dtype == float32 or recent.dtype not in CACHED or not _fit(entries, recent) or not q.numel():
-        return ref.sparse_attention(q, recent, entries, sink, window)
+        return ref.sparse_attention(q, recent, entries, sink, window, turns)
     (t, heads, d), q, recent, sink = q.shape, dense(q), dense(recent), dense(sink)
     kv, visible, chosen, n, k = recent, q, q, 0, 0  # whatever is not there is not read
     if entries is not None:
@@ -53,7 +55,7 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
     if plan.splits > 1:
         _join[(t, heads)](parts, stats, out, plan.splits, heads, d, SPLITS=padded(plan.splits), D=padded(d),
                           num_warps=warps(padded(plan.splits) * d))
-    return out
+    return out if turns is None else rotate(out, turns, True)
 
 
 def _fit(entries: Entries | None, recent: Tensor) -> bool:

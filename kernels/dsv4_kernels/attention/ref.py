@@ -7,12 +7,14 @@ from torch import Tensor
 
 from dsv4_kernels import alloc
 from dsv4_kernels.attention import Entries
+from dsv4_kernels.norm_rope.ref import rotate
 from dsv4_kernels.tiles import tiles
 
 NEVER = float("-inf")
 
 
-def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int) -> Tensor:
+def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int,
+                     turns: Tensor | None = None) -> Tensor:
     t, heads, d = q.shape
     out = alloc.empty_like(q)
     q = q * d ** -0.5
@@ -30,7 +32,7 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
         weights = torch.cat([*scores, sinks], -1).softmax(-1)  # the sink's share is dropped below
         shares = weights[..., :-1].split([part.shape[-1] for part in scores], -1)
         out[rows] = sum(share @ kv for share, kv in zip(shares, keys, strict=True))
-    return out
+    return out if turns is None else rotate(out, turns, True)
 
 
 def _values_per_row(heads: int, d: int, entries: Entries | None, window: int) -> int:

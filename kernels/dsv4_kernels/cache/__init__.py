@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from torch import Tensor
 
 from dsv4_kernels.backends import pick
-from dsv4_kernels.checks import demand_shape
+from dsv4_kernels.checks import demand_multiple, demand_shape
+from dsv4_kernels.rounding import INDEX_BLOCK, KV_BLOCK
+
+Rounding = Literal["none", "kv", "index"]  # what official numerics do to K=V, to index keys, and plain ones to both
 
 
 def keep(rows: Tensor, to: Tensor, *, backend: str | None = None) -> None:
@@ -13,3 +18,21 @@ def keep(rows: Tensor, to: Tensor, *, backend: str | None = None) -> None:
     to even. Raises ValueError when the shapes differ."""
     demand_shape("cache rows", to, *rows.shape)
     pick("cache", rows.device.type, backend).module.keep(rows, to)
+
+
+def keep_keys(x: Tensor, norm: Tensor, eps: float, turns: Tensor, rounding: Rounding, to: Tensor, *,
+              backend: str | None = None) -> None:
+    """Makes keys of their projections and keeps them: x [t, d] is normed by norm [d], turned by turns complex [t, pairs], rounded
+    (`rounding.round_kv`, `rounding.round_index` or not at all) and written to `to` [t, d], as by `keep`.
+
+    Raises ValueError when shapes differ, for a rounding that there is not, or where blocks do not fit d.
+    """
+    demand_shape("norm weight", norm, x.shape[-1])
+    demand_shape("turns", turns, x.shape[0], None)
+    demand_shape("cache rows", to, *x.shape)
+    if rounding not in get_args(Rounding):
+        raise ValueError(f"there is no rounding {rounding!r}; there are {', '.join(get_args(Rounding))}")
+    if rounding != "none":
+        still = x.shape[-1] - 2 * turns.shape[-1]
+        demand_multiple("rounded part", still if rounding == "kv" else x.shape[-1], KV_BLOCK if rounding == "kv" else INDEX_BLOCK)
+    pick("cache", x.device.type, backend).module.keep_keys(x, norm, eps, turns, rounding, to)

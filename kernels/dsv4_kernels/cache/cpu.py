@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from torch import Tensor, bfloat16, float32
+from typing import get_args
 
-from dsv4_kernels.cache import ref
-from dsv4_kernels.native.library import I, P, load, signature
+from torch import Tensor, bfloat16, complex64, float32
+
+from dsv4_kernels.cache import Rounding, ref
+from dsv4_kernels.native.library import F, I, P, load, signature
 from dsv4_kernels.native.queue import dense, settle
+from dsv4_kernels.rounding import INDEX_BLOCK, KV_BLOCK
 
 signature("dsv4_keep", P, I, I, P)
+signature("dsv4_keep_keys", P, P, F, P, I, I, I, I, I, I, P)
+
+_NUMBERS = {name: number for number, name in enumerate(get_args(Rounding))}  # of enum Rounding in steps.h
+_BLOCKS = {"none": 0, "kv": KV_BLOCK, "index": INDEX_BLOCK}
 
 
 def keep(rows: Tensor, to: Tensor) -> None:
@@ -17,3 +24,14 @@ def keep(rows: Tensor, to: Tensor) -> None:
         ref.keep(rows, to)
         return
     load().dsv4_keep(dense(rows).data_ptr(), rows.numel(), to.dtype == bfloat16, to.data_ptr())
+
+
+def keep_keys(x: Tensor, norm: Tensor, eps: float, turns: Tensor, rounding: Rounding, to: Tensor) -> None:
+    if not x.dtype == norm.dtype == float32 or turns.dtype != complex64 or to.dtype not in (float32, bfloat16) or (
+            turns.is_conj() or not to.is_contiguous()):
+        settle()
+        ref.keep_keys(x, norm, eps, turns, rounding, to)
+        return
+    rows, d = x.shape
+    load().dsv4_keep_keys(dense(x).data_ptr(), dense(norm).data_ptr(), eps, dense(turns).data_ptr(), rows, d, turns.shape[1],
+                          _NUMBERS[rounding], _BLOCKS[rounding], to.dtype == bfloat16, to.data_ptr())

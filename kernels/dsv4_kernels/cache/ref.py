@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dsv4_kernels.cache import Rounding
+from dsv4_kernels.norm_rope.ref import norm_rotate
+from dsv4_kernels.rounding.ref import round_index, round_kv
+
 
 def keep(rows: Tensor, to: Tensor) -> None:
     to.copy_(rows)
+
+
+def keep_keys(x: Tensor, norm: Tensor, eps: float, turns: Tensor, rounding: Rounding, to: Tensor) -> None:
+    keys = norm_rotate(x, norm, eps, turns)
+    if rounding == "kv":
+        keys = round_kv(keys, 2 * turns.shape[-1])
+    elif rounding == "index":
+        keys = round_index(keys)
+    keep(keys, to)

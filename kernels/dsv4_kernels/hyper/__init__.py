@@ -26,18 +26,21 @@ class HyperSettings(NamedTuple):
     rounds: int
 
 
-def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings, *,
+def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings, norm: Tensor | None = None, *,
                 backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The sublayer's input, and how its output goes back.
 
-    streams [t, s, d] -> x [t, d], post [t, s] (share of the output that each stream takes), across [t, s, s] (doubly
-    stochastic but for eps; first index the source stream, second the destination).
+    streams [t, s, d] -> x [t, d], with norm [d] already RMS-normed by it (and settings.norm_eps), post [t, s] (share of the
+    output that each stream takes), across [t, s, s] (doubly stochastic but for eps; first index the source stream,
+    second the destination).
     """
     _, s, d = _streams(streams)
     demand_shape("hyper fn", mixer.fn, (2 + s) * s, s * d)
     demand_shape("hyper base", mixer.base, (2 + s) * s)
     demand_shape("hyper scale", mixer.scale, 3)
-    return pick("hyper", streams.device.type, backend).module.mix_streams(streams, mixer, settings)
+    if norm is not None:
+        demand_shape("norm weight", norm, d)
+    return pick("hyper", streams.device.type, backend).module.mix_streams(streams, mixer, settings, norm)
 
 
 def spread_streams(out: Tensor, streams: Tensor, post: Tensor, across: Tensor, *,

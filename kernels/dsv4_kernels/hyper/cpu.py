@@ -9,19 +9,21 @@ from dsv4_kernels.hyper import HyperSettings, Mixer, ref
 from dsv4_kernels.native.library import F, I, P, load, signature
 from dsv4_kernels.native.queue import by_torch, dense
 
-signature("dsv4_mix_streams", P, I, I, I, P, P, P, F, F, I, P, P, P)
+signature("dsv4_mix_streams", P, I, I, I, P, P, P, F, F, I, P, P, P, P)
 signature("dsv4_spread_streams", P, P, P, P, I, I, I, P)
 signature("dsv4_merge_streams", P, I, I, I, P, P, P, F, F, P)
 
 
-def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> tuple[Tensor, Tensor, Tensor]:
-    if not _fits(streams, *mixer):
-        return by_torch(ref.mix_streams, streams, mixer, settings)
+def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings,
+                norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    if not _fits(streams, *mixer) or (norm is not None and norm.dtype != float32):
+        return by_torch(ref.mix_streams, streams, mixer, settings, norm)
     t, s, d = streams.shape
     streams, (fn, base, scale) = dense(streams), _contiguous(mixer)
+    weight = None if norm is None else dense(norm).data_ptr()
     x, post, across = alloc.empty((t, d), float32), alloc.empty((t, s), float32), alloc.empty((t, s, s), float32)
     load().dsv4_mix_streams(streams.data_ptr(), t, s, d, fn.data_ptr(), base.data_ptr(), scale.data_ptr(), *settings,
-                            x.data_ptr(), post.data_ptr(), across.data_ptr())
+                            weight, x.data_ptr(), post.data_ptr(), across.data_ptr())
     return x, post, across
 
 

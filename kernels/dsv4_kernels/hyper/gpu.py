@@ -15,6 +15,7 @@ from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
 from dsv4_kernels.gpu import Block, Pointer, dense, padded, warps
 from dsv4_kernels.hyper import HyperSettings, Mixer, ref
+from dsv4_kernels.norm_rope.gpu import rms_norm
 
 STEP = 128  # values of all streams that a program multiplies at a time
 PARTS = 128  # into how many a token's sums are cut at most
@@ -23,9 +24,10 @@ SPREAD = 512  # values of each stream that a program of `_spread` owns
 WEIGHED = 1024  # and of `_mix`
 
 
-def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> tuple[Tensor, Tensor, Tensor]:
+def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings,
+                norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if not _fit(streams, *mixer) or not streams.numel():
-        return ref.mix_streams(streams, mixer, settings)
+        return ref.mix_streams(streams, mixer, settings, norm)
     (t, s, d), streams = streams.shape, dense(streams)
     x, post, across = (alloc.empty(shape, float32, streams.device) for shape in ((t, d), (t, s), (t, s, s)))
     sums, parts = _sums(streams, mixer)
@@ -33,7 +35,7 @@ def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> tuple
     _mix[(t, triton.cdiv(d, width))](
         sums, streams, dense(mixer.base), dense(mixer.scale), x, post, across, s, d, parts, mixer.fn.shape[0], *settings,
         HEAD=False, S=padded(s), PARTS=padded(parts), WIDTH=width, num_warps=warps(width))
-    return x, post, across
+    return x if norm is None else rms_norm(x, norm, settings.norm_eps), post, across
 
 
 def merge_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> Tensor:

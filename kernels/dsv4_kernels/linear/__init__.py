@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 from torch import Tensor
@@ -20,6 +21,16 @@ def linear(x: Tensor, weight: Weight, *, backend: str | None = None) -> Tensor:
     """
     demand_shape("weight", weight, None, x.shape[-1])
     return pick("linear", x.device.type, backend).module.linear(x, weight)
+
+
+def linears(x: Tensor, weights: Sequence[Weight], *, backend: str | None = None) -> list[Tensor]:
+    """The products of one x [..., in] with several matrices [out, in], in their order: what `linear` makes of each.
+
+    Raises ValueError when an inner size differs.
+    """
+    for weight in weights:
+        demand_shape("weight", weight, None, x.shape[-1])
+    return pick("linear", x.device.type, backend).module.linears(x, weights)
 
 
 def grouped_linear(x: Tensor, weight: Weight, *, backend: str | None = None) -> Tensor:

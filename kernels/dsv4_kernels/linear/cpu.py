@@ -7,21 +7,24 @@ meet them as they are. What has no kernel (another format, activations that are 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 from torch import Tensor, float32
 
 from dsv4_kernels import alloc
-from dsv4_kernels.linear import Weight, ref
+from dsv4_kernels.linear import Weight as Given
+from dsv4_kernels.linear import ref
 from dsv4_kernels.native.library import I, P, load, signature
 from dsv4_kernels.native.queue import by_torch, dense
-from dsv4_kernels.native.weights import native
+from dsv4_kernels.native.weights import Weight, native
 
 signature("dsv4_linear", P, I, I, P, P)
+signature("dsv4_linears", P, I, P, I, P)
 
 embed = ref.embed  # a few rows are decoded soon enough
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
+def linear(x: Tensor, weight: Given) -> Tensor:
     found = native(weight)
     if found is None or x.dtype != float32 or not x.numel():
         return by_torch(ref.linear, x, weight)
@@ -31,7 +34,21 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     return out
 
 
-def grouped_linear(x: Tensor, weight: Weight) -> Tensor:
+def linears(x: Tensor, weights: Sequence[Given]) -> list[Tensor]:
+    found = [native(weight) for weight in weights]
+    known = [struct for struct in found if struct is not None]
+    if len(known) < len(found) or x.dtype != float32 or not x.numel():
+        return [linear(x, weight) for weight in weights]
+    x = dense(x)
+    count = x.numel() // x.shape[-1]
+    sizes = [count * struct.rows for struct in known]
+    out = alloc.empty((sum(sizes),), float32)
+    load().dsv4_linears(x.data_ptr(), count, (Weight * len(known))(*known), len(known), out.data_ptr())
+    shape = x.shape[:-1]
+    return [part.view(*shape, -1) for part in out.split(sizes)]
+
+
+def grouped_linear(x: Tensor, weight: Given) -> Tensor:
     found = native(weight)
     if found is None or x.dtype != float32 or not x.numel():
         return by_torch(ref.grouped_linear, x, weight)

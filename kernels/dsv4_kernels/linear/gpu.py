@@ -9,6 +9,8 @@ exact weights are multiplied in float32. What has no kernel (another format, act
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor, float32, int64
@@ -32,6 +34,10 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     out = alloc.empty((*x.shape[:-1], found.rows), float32, x.device)
     _multiply(x, found, 1, out)
     return out
+
+
+def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
+    return [linear(x, weight) for weight in weights]
 
 
 def grouped_linear(x: Tensor, weight: Weight) -> Tensor:

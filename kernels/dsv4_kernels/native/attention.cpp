@@ -7,6 +7,7 @@
 #include "floats.h"
 #include "pool.h"
 #include "queue.h"
+#include "steps.h"
 
 using namespace dsv4;
 
@@ -26,6 +27,8 @@ struct Problem {
     int64_t k;
     const float* sink;
     int64_t window;
+    const float* turns;  // [t, pairs] that the result is turned back by, or null
+    int64_t pairs;
     float* out;
 };
 
@@ -149,6 +152,8 @@ void attend(const Problem& p, int64_t i, int64_t first, int heads) {
         gather_some<T>(keys.data() + key, std::min(KEYS, count - key), scores + key, stride, d, heads, out);
     for (int h = 0; h < heads; ++h)
         for (int64_t c = 0; c < d; ++c) out[h * d + c] *= inverse[h];
+    for (int h = 0; p.turns && h < heads; ++h)
+        turn_pairs(out + (h + 1) * d - 2 * p.pairs, p.turns + i * 2 * p.pairs, p.pairs, -1.0f);
 }
 
 template <class T>
@@ -169,10 +174,11 @@ void attend_all(const Problem& p) {
 }  // namespace
 
 // q [t, heads, d], recent [rows, d], entries [n, d] or null, visible [t], chosen [t, k] or null, sink [heads] -> out like q.
-// Keys are bfloat16 or float32.
+// Keys are bfloat16 or float32. With turns [t, pairs] the result is turned back by them.
 DSV4_API void dsv4_sparse_attention(const float* q, int64_t t, int64_t heads, int64_t d, const uint8_t* recent, int64_t rows,
                                     const uint8_t* entries, int64_t n, const int64_t* visible, const int64_t* chosen,
-                                    int64_t k, const float* sink, int64_t window, int64_t bf16, float* out) {
-    Problem p{q, t, heads, d, recent, rows, entries, n, visible, chosen, k, sink, window, out};
+                                    int64_t k, const float* sink, int64_t window, int64_t bf16, const float* turns,
+                                    int64_t pairs, float* out) {
+    Problem p{q, t, heads, d, recent, rows, entries, n, visible, chosen, k, sink, window, turns, pairs, out};
     submit([=] { bf16 ? attend_all<BF16Format>(p) : attend_all<F32Format>(p); });
 }

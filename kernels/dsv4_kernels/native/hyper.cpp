@@ -6,7 +6,7 @@
 #include "api.h"
 #include "products.h"
 #include "queue.h"
-#include "rows.h"
+#include "steps.h"
 
 using namespace dsv4;
 
@@ -113,7 +113,7 @@ const float* mixtures(const float* streams, int64_t t, int64_t cols, const float
 }
 
 struct Constants {
-    const float *base, *scale;
+    const float *base, *scale, *norm;  // norm [d] or null
     float norm_eps, eps;
     int64_t rounds;
 };
@@ -130,6 +130,7 @@ void mix_token(const float* products, const float* streams, int64_t s, int64_t d
     sigmoid(pre, s);
     for (int64_t i = 0; i < s; ++i) pre[i] += c.eps;
     weigh(pre, streams, s, d, x);
+    if (c.norm) norm_row(x, c.norm, d, c.norm_eps, x);
 
     sigmoid(post, s);
     for (int64_t i = 0; i < s; ++i) post[i] *= 2;
@@ -142,11 +143,11 @@ void mix_token(const float* products, const float* streams, int64_t s, int64_t d
 }
 
 void mix_streams(const float* streams, int64_t t, int64_t s, int64_t d, const float* fn, const float* base,
-                 const float* scale, float norm_eps, float eps, int64_t rounds, float* x, float* post,
+                 const float* scale, float norm_eps, float eps, int64_t rounds, const float* norm, float* x, float* post,
                  float* across) {
     int64_t m = (2 + s) * s;
     const float* mixes = mixtures(streams, t, s * d, fn, m);
-    Constants constants = {base, scale, norm_eps, eps, rounds};
+    Constants constants = {base, scale, norm, norm_eps, eps, rounds};
     parallel(t, items_for(GRAIN, s * d), [&](int64_t begin, int64_t end) {
         std::vector<float> scratch(size_t(2 * s));
         for (int64_t i = begin; i < end; ++i)
@@ -182,11 +183,12 @@ void merge_streams(const float* streams, int64_t t, int64_t s, int64_t d, const 
 
 }  // namespace
 
-// streams [t, s, d], fn [(2 + s) * s, s * d], base [(2 + s) * s], scale [3] -> x [t, d], post [t, s], across [t, s, s].
+// streams [t, s, d], fn [(2 + s) * s, s * d], base [(2 + s) * s], scale [3] -> x [t, d], normed where norm [d] is not null,
+// post [t, s], across [t, s, s].
 DSV4_API void dsv4_mix_streams(const float* streams, int64_t t, int64_t s, int64_t d, const float* fn, const float* base,
-                               const float* scale, float norm_eps, float eps, int64_t rounds, float* x, float* post,
-                               float* across) {
-    submit([=] { mix_streams(streams, t, s, d, fn, base, scale, norm_eps, eps, rounds, x, post, across); });
+                               const float* scale, float norm_eps, float eps, int64_t rounds, const float* norm,
+                               float* x, float* post, float* across) {
+    submit([=] { mix_streams(streams, t, s, d, fn, base, scale, norm_eps, eps, rounds, norm, x, post, across); });
 }
 
 // out [t, d], streams [t, s, d], post [t, s], across [t, s, s] -> to [t, s, d].

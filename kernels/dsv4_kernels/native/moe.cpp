@@ -96,8 +96,6 @@ void add_down(const Expert& expert, const Visits& visits, int64_t number, int64_
     }
 }
 
-bool same(Wants a, Wants b) { return a.bytes == b.bytes && a.split == b.split && a.sums == b.sums && a.above == b.above; }
-
 // What is added to `out` is the sum over each token's experts.
 void add_experts(const float* x, int64_t t, const float* weights, const int64_t* chosen, int64_t k, const Expert* experts,
                  int64_t n, float limit, float* out) {

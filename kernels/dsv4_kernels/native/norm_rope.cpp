@@ -5,7 +5,7 @@
 #include "api.h"
 #include "pool.h"
 #include "queue.h"
-#include "rows.h"
+#include "steps.h"
 
 using namespace dsv4;
 
@@ -15,17 +15,8 @@ constexpr int64_t GRAIN = int64_t(1) << 15;  // values that one thread goes thro
 
 void rms_norm(const float* x, const float* weight, int64_t rows, int64_t d, float eps, float* out) {
     parallel(rows, items_for(GRAIN, d), [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row) {
-            const float* from = x + row * d;
-            float* to = out + row * d;
-            f32x8 factor = splat(1.0f / std::sqrt(sum_of_squares(from, d) / float(d) + eps));
-            if (weight)
-                by_eights(d, [&](int64_t i, auto part) {
-                    store(to + i, load(from + i, part) * factor * load(weight + i, part), part);
-                });
-            else
-                by_eights(d, [&](int64_t i, auto part) { store(to + i, load(from + i, part) * factor, part); });
-        }
+        for (int64_t row = begin; row < end; ++row)
+            norm_row(x + row * d, weight, d, eps, out + row * d);
     });
 }
 
@@ -35,17 +26,19 @@ void rotate(const float* x, const float* turns, int64_t t, int64_t heads, int64_
     float sign = inverse ? -1.0f : 1.0f;
     parallel(t * heads, items_for(GRAIN, d), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-            const float *from = x + row * d, *turn = turns + row / heads * 2 * pairs;
+            std::memcpy(out + row * d, x + row * d, size_t(d) * sizeof(float));
+            turn_pairs(out + row * d + still, turns + row / heads * 2 * pairs, pairs, sign);
+        }
+    });
+}
+
+void norm_rotate(const float* x, const float* weight, float eps, const float* turns, int64_t t, int64_t heads, int64_t d,
+                 int64_t pairs, float* out) {
+    parallel(t * heads, items_for(GRAIN, d), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
             float* to = out + row * d;
-            std::memcpy(to, from, size_t(still) * sizeof(float));
-            from += still;
-            to += still;
-#pragma omp simd
-            for (int64_t i = 0; i < pairs; ++i) {
-                float a = from[2 * i], b = from[2 * i + 1], c = turn[2 * i], s = sign * turn[2 * i + 1];
-                to[2 * i] = a * c - b * s;
-                to[2 * i + 1] = a * s + b * c;
-            }
+            norm_row(x + row * d, weight, d, eps, to);
+            turn_pairs(to + d - 2 * pairs, turns + row / heads * 2 * pairs, pairs, 1.0f);
         }
     });
 }
@@ -62,4 +55,10 @@ DSV4_API void dsv4_rms_norm(const float* x, const float* weight, int64_t rows, i
 DSV4_API void dsv4_rotate(const float* x, const float* turns, int64_t t, int64_t heads, int64_t d, int64_t pairs, int64_t inverse,
                           float* out) {
     submit([=] { rotate(x, turns, t, heads, d, pairs, inverse, out); });
+}
+
+// Both: x [t, heads, d], weight [d] or null -> out like x, normed, then turned.
+DSV4_API void dsv4_norm_rotate(const float* x, const float* weight, float eps, const float* turns, int64_t t, int64_t heads,
+                               int64_t d, int64_t pairs, float* out) {
+    submit([=] { norm_rotate(x, weight, eps, turns, t, heads, d, pairs, out); });
 }

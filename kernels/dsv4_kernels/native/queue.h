@@ -12,7 +12,7 @@ namespace dsv4 {
 // Calls on their way from the one thread that writes them down to the one that computes them.
 class Queue {
 public:
-    static constexpr uint64_t LENGTH = 1024, BYTES = 448;
+    static constexpr uint64_t LENGTH = 1024, BYTES = 480;
 
     bool empty() const { return done.load(std::memory_order_acquire) == pushed.load(std::memory_order_acquire); }
     bool full() const { return pushed.load(std::memory_order_relaxed) - done.load(std::memory_order_acquire) == LENGTH; }

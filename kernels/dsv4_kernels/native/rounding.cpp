@@ -6,7 +6,7 @@
 #include "api.h"
 #include "pool.h"
 #include "queue.h"
-#include "rows.h"
+#include "steps.h"
 
 using namespace dsv4;
 
@@ -116,12 +116,8 @@ void turn_row(const float* x, int64_t n, float* out) {
 void round_kv(const float* x, int64_t rows, int64_t d, int64_t rotated, int64_t block, float* out) {
     parallel(rows, items_for(GRAIN, d), [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
-            const float* from = x + row * d;
-            float *to = out + row * d, *turned = to + d - rotated;
-            round_row<FP8>(from, d - rotated, block, to);
-            by_eights(rotated, [&](int64_t i, auto part) {
-                store(turned + i, through_bf16(load(from + d - rotated + i, part)), part);
-            });
+            std::memcpy(out + row * d, x + row * d, size_t(d) * sizeof(float));
+            round_row_for_cache(out + row * d, d, KV, rotated, block);
         }
     });
 }
@@ -136,6 +132,19 @@ void hadamard(const float* x, int64_t rows, int64_t n, int64_t block, float* out
 }
 
 }  // namespace
+
+void dsv4::round_row_for_cache(float* x, int64_t d, Rounding rounding, int64_t rotated, int64_t block) {
+    if (rounding == KV) {
+        round_row<FP8>(x, d - rotated, block, x);
+        by_eights(rotated, [&](int64_t i, auto part) {
+            float* turned = x + d - rotated + i;
+            store(turned, through_bf16(load(turned, part)), part);
+        });
+    } else if (rounding == INDEX) {
+        turn_row(x, d, x);
+        round_row<FP4>(x, d, block, x);
+    }
+}
 
 // x [blocks, block] -> out [blocks, block].
 DSV4_API void dsv4_round_fp8(const float* x, int64_t blocks, int64_t block, float* out) {

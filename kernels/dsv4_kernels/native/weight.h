@@ -47,6 +47,8 @@ struct Wants {
     int above;   // the weights' bytes are so much too great
 };
 
+inline bool same(Wants a, Wants b) { return a.bytes == b.bytes && a.split == b.split && a.sums == b.sums && a.above == b.above; }
+
 Wants wants(const Weight& weight);
 
 // Rounds rows of x [count, cols] and returns them; the memory belongs to the calling thread until its next call with the

@@ -14,6 +14,7 @@ from dsv4_kernels.norm_rope import ref
 
 signature("dsv4_rms_norm", P, P, I, I, F, P)
 signature("dsv4_rotate", P, P, I, I, I, I, I, P)
+signature("dsv4_norm_rotate", P, P, F, P, I, I, I, I, P)
 
 frequencies = ref.frequencies
 turns = ref.turns
@@ -36,4 +37,16 @@ def rotate(x: Tensor, turns: Tensor, inverse: bool) -> Tensor:
     out = alloc.empty_like(x)
     t, d = x.shape[0], x.shape[-1]
     load().dsv4_rotate(x.data_ptr(), turns.data_ptr(), t, x.numel() // (t * d), d, turns.shape[1], inverse, out.data_ptr())
+    return out
+
+
+def norm_rotate(x: Tensor, weight: Tensor | None, eps: float, turns: Tensor) -> Tensor:
+    if x.dtype != float32 or turns.dtype != complex64 or turns.is_conj() or not x.numel() or (
+            weight is not None and weight.dtype != float32):
+        return by_torch(ref.norm_rotate, x, weight, eps, turns)
+    x, turns, weight = dense(x), dense(turns), None if weight is None else dense(weight)
+    out = alloc.empty_like(x)
+    t, d = x.shape[0], x.shape[-1]
+    load().dsv4_norm_rotate(x.data_ptr(), None if weight is None else weight.data_ptr(), eps, turns.data_ptr(), t,
+                            x.numel() // (t * d), d, turns.shape[1], out.data_ptr())
     return out

@@ -46,6 +46,10 @@ def rotate(x: Tensor, turns: Tensor, inverse: bool) -> Tensor:
     return out
 
 
+def norm_rotate(x: Tensor, weight: Tensor | None, eps: float, turns: Tensor) -> Tensor:
+    return rotate(rms_norm(x, weight, eps), turns, False)
+
+
 def real(turns: Tensor) -> Tensor:
     """complex64 [t, pairs] -> float32 [t, pairs, 2], cosine and sine."""
     return torch.view_as_real(dense(turns.resolve_conj()))
