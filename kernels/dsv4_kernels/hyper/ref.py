@@ -7,16 +7,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from dsv4_kernels.hyper import HyperSettings, Mixer
+from dsv4_kernels.norm_rope.ref import rms_norm
 
 
-def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> tuple[Tensor, Tensor, Tensor]:
+def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings,
+                norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     s = streams.shape[1]
     sizes = (s, s, s * s)  # the ways in, out and across
     mixes = zip(_mixes(streams, mixer, settings).split(sizes, -1), mixer.scale, mixer.base.split(sizes), strict=True)
     to_sublayer, to_streams, across = (base + scale * mix for mix, scale, base in mixes)
     pre = to_sublayer.sigmoid() + settings.eps
     post = 2 * to_streams.sigmoid()
-    return _weighted(pre, streams), post, sinkhorn(across.unflatten(-1, (s, s)), settings)
+    x = _weighted(pre, streams)
+    if norm is not None:
+        x = rms_norm(x, norm, settings.norm_eps)
+    return x, post, sinkhorn(across.unflatten(-1, (s, s)), settings)
 
 
 def spread_streams(out: Tensor, streams: Tensor, post: Tensor, across: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,6 +13,10 @@ from dsv4_quant.formats import Packed
 
 def linear(x: Tensor, weight: Packed | Tensor) -> Tensor:
     return functional.linear(x, _expanded(weight, x))
+
+
+def linears(x: Tensor, weights: Sequence[Packed | Tensor]) -> list[Tensor]:
+    return [linear(x, weight) for weight in weights]
 
 
 def grouped_linear(x: Tensor, weight: Packed | Tensor) -> Tensor:

@@ -45,3 +45,7 @@ def rotate(x: Tensor, turns: Tensor, inverse: bool) -> Tensor:
     turned = torch.view_as_real(torch.view_as_complex(tail) * (turns.conj() if inverse else turns))
     out[..., -2 * pairs:] = turned.flatten(-2)
     return out
+
+
+def norm_rotate(x: Tensor, weight: Tensor | None, eps: float, turns: Tensor) -> Tensor:
+    return rotate(rms_norm(x, weight, eps), turns, False)
