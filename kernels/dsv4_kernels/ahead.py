@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from dsv4_kernels.backends import OPERATIONS
+
+Kind: TypeAlias = "str | tuple[Kind, ...]"
 
 
 class Case(NamedTuple):
     """A kernel with the sizes of one real use. Each `gpu.py` has a tuple of them, AHEAD, and each kernel in it at least one.
 
     types: of the arguments that are no constants, in their order, as Triton spells them ("*fp32 *u8 i32 fp32"); behind a
-    whole number may stand what it is a multiple of ("i32:16"). Pointers are multiples of 16 bytes, as torch's are.
+    whole number may stand what it is a multiple of ("i32:16"). Pointers are multiples of 16 bytes, as torch's are. A tuple is
+    spelled with parentheses: "*fp32 ((*u8 i32) (*fp32 i32)) i32".
     """
 
     kernel: Any  # triton.JITFunction
@@ -29,23 +33,48 @@ class Case(NamedTuple):
         constants = ",".join(f"{name}={value}" for name, value in self.constants.items())
         return f"{self.kernel.__name__}[{constants}]"
 
-    def signature(self) -> dict[str, str]:
+    def signature(self) -> dict[str, Any]:
         """Argument -> type, as ASTSource takes it. Raises ValueError when the numbers of arguments and types differ."""
-        types = iter(self.types.split())
         names = [name for name in self.kernel.arg_names if name not in self.constants]
-        found = dict(zip(names, (kind.partition(":")[0] for kind in types), strict=True))
+        found = dict(zip(names, (_bare(kind) for kind in _kinds(self.types)), strict=True))
         return {name: found.get(name, "constexpr") for name in self.kernel.arg_names}
 
-    def multiples(self) -> dict[tuple[int], list[list[Any]]]:
-        """Place of an argument -> what it is a multiple of, as ASTSource takes it."""
-        kinds = iter(self.types.split())
-        found: dict[tuple[int], list[list[Any]]] = {}
+    def multiples(self) -> dict[tuple[int, ...], list[list[Any]]]:
+        """Place of an argument, or of what a tuple holds -> what it is a multiple of, as ASTSource takes it."""
+        kinds = iter(_kinds(self.types))
+        found: dict[tuple[int, ...], list[list[Any]]] = {}
         for place, name in enumerate(self.kernel.arg_names):
-            kind = "constexpr" if name in self.constants else next(kinds)
-            multiple = 16 if kind.startswith("*") else int(kind.partition(":")[2] or 1)
-            if multiple > 1:
-                found[place,] = [["tt.divisibility", multiple]]
+            for path, kind in () if name in self.constants else _leaves(next(kinds), (place,)):
+                multiple = 16 if kind.startswith("*") else int(kind.partition(":")[2] or 1)
+                if multiple > 1:
+                    found[path] = [["tt.divisibility", multiple]]
         return found
+
+
+def _kinds(types: str) -> list[Kind]:
+    open_ones: list[list[Kind]] = [[]]
+    for word in re.findall(r"[()]|[^\s()]+", types):
+        if word == "(":
+            open_ones.append([])
+        elif word == ")":
+            whole = tuple(open_ones.pop())
+            open_ones[-1].append(whole)
+        else:
+            open_ones[-1].append(word)
+    return open_ones[0]
+
+
+def _bare(kind: Kind) -> Kind:
+    """Without what it is a multiple of."""
+    return kind.partition(":")[0] if isinstance(kind, str) else tuple(_bare(part) for part in kind)
+
+
+def _leaves(kind: Kind, path: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], str]]:
+    if isinstance(kind, str):
+        yield path, kind
+        return
+    for place, part in enumerate(kind):
+        yield from _leaves(part, (*path, place))
 
 
 def cases() -> dict[str, Case]:

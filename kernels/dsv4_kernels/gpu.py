@@ -15,10 +15,12 @@ from torch import Tensor, bfloat16, float32
 if TYPE_CHECKING:
     Pointer: TypeAlias = Any
     Block: TypeAlias = Any
+    Together: TypeAlias = Any
 else:
     # The compiler looks annotations up, and knows these.
     Pointer = tl.tensor  # a tensor outside of a kernel, its address within
     Block = tl.tensor  # a tile of values, held by one program
+    Together = tl.tuple  # arguments that come as one
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # What tensor cores multiply. The interpreter would multiply the codes of bf16 values, so it gets the same values in float32.

@@ -42,6 +42,15 @@ def test_mixing_equals_the_reference(t: int, s: int, d: int, random: torch.Gener
 
 @pytest.mark.parametrize("t", TOKENS)
 @pytest.mark.parametrize(("s", "d"), SIZES)
+def test_mixing_into_a_normed_input(t: int, s: int, d: int, random: torch.Generator) -> None:
+    streams, mixer, norm = drawn(random, t, s, d, size=3), mixer_of(random, s, d), drawn(random, d)
+    found = gpu.mix_streams(streams, mixer, SETTINGS, norm)
+    for part, expected in zip(found, ref.mix_streams(streams.double(), wide(mixer), SETTINGS, norm.double()), strict=True):
+        assert_close(part, expected)
+
+
+@pytest.mark.parametrize("t", TOKENS)
+@pytest.mark.parametrize(("s", "d"), SIZES)
 def test_spreading_equals_the_reference(t: int, s: int, d: int, random: torch.Generator) -> None:
     given = drawn(random, t, d), drawn(random, t, s, d), drawn(random, t, s), drawn(random, t, s, s)
     assert_close(gpu.spread_streams(*given), ref.spread_streams(*(part.double() for part in given)))
@@ -80,7 +89,8 @@ def test_a_prompt_may_be_cut_anywhere(random: torch.Generator) -> None:
 
 def test_sliced_tensors(random: torch.Generator) -> None:
     streams, mixer = drawn(random, 4, 6, 20)[:, ::2, 4:], mixer_of(random, 3, 16)
-    pair = (gpu.mix_streams(each, mixer, SETTINGS) for each in (streams, streams.clone()))
+    norm = drawn(random, 32)[::2]
+    pair = (gpu.mix_streams(each, mixer, SETTINGS, weight) for each, weight in ((streams, norm), (streams.clone(), norm.clone())))
     for part, whole in zip(*pair, strict=True):
         assert torch.equal(part, whole)
 
@@ -104,6 +114,8 @@ def test_other_types_are_computed_by_the_reference(random: torch.Generator) -> N
     streams, mixer, head = drawn(random, 2, 4, 8).double(), wide(mixer_of(random, 4, 8)), wide(mixer_of(random, 4, 8, head=True))
     found, expected = gpu.mix_streams(streams, mixer, SETTINGS), ref.mix_streams(streams, mixer, SETTINGS)
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    norm = drawn(random, 8).double()
+    assert torch.equal(gpu.mix_streams(streams, mixer, SETTINGS, norm)[0], ref.mix_streams(streams, mixer, SETTINGS, norm)[0])
     assert torch.equal(gpu.merge_streams(streams, head, SETTINGS), ref.merge_streams(streams, head, SETTINGS))
     x, post, across = found
     assert torch.equal(gpu.spread_streams(x, streams, post, across), ref.spread_streams(x, streams, post, across))

@@ -59,6 +59,27 @@ def test_exact_weights_round_nothing(name: str, tokens: int, random: torch.Gener
     assert_close(linear(x, weight), ref.linear(x.double(), weight).float())
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9])
+def test_several_matrices_in_one_launch(tokens: int, random: torch.Generator) -> None:
+    """Of several formats, one of them twice, one exact; the last tile of each is ragged, and one is a single row."""
+    names = ["q8_0", "f32", "q4_k", "iq2_xxs", "q8_0", "bf16", "fp8_e4m3"]
+    weights = [made(name, rows, 256, random) for name, rows in zip(names, (67, 1, 64, 7, 130, 13, 2), strict=True)]
+    weights[2] = replace(weights[2], exact=True)
+    x = torch.randn(tokens, 256, generator=random)
+    found = gpu.linears(x, weights)
+    assert [part.shape for part in found] == [(tokens, weight.shape[0]) for weight in weights]
+    for part, weight in zip(found, weights, strict=True):
+        assert torch.equal(part, linear(x, weight))
+        assert_close(part, ref.linear(x.double(), weight).float(), 2e-5 if tokens <= gpu.FEW else ROUNDED)
+
+
+def test_several_matrices_are_few_launches(random: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [made(name, 9, 64, random) for name in ("q8_0", "f32", "bf16")]
+    monkeypatch.setattr(gpu, "_multiply", None)  # what `linear` launches with
+    few = gpu.linears(torch.randn(2, 4, 64, generator=random), weights)
+    assert [part.shape for part in few] == [(2, 4, 9)] * 3
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 18])
 @pytest.mark.parametrize("name", ["f32", "fp8_e4m3", "q8_0", "q4_k"])
 def test_groups_have_a_matrix_each(name: str, tokens: int, random: torch.Generator) -> None:
@@ -122,3 +143,7 @@ def test_what_has_no_kernel_goes_the_way_of_the_reference(random: torch.Generato
     weight = made("q8_0", 9, 256, random)
     assert torch.equal(linear(x.double(), weight), ref.linear(x.double(), weight))
     assert linear(x[:0], weight).shape == (0, 9)
+    for part, given in zip(gpu.linears(x, [weight, iq3]), (weight, iq3), strict=True):
+        assert torch.equal(part, linear(x, given))
+    assert [part.shape for part in gpu.linears(x[:0], [weight, weight])] == [(0, 9), (0, 9)]
+    assert gpu.linears(x, []) == []

@@ -15,7 +15,6 @@ from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
 from dsv4_kernels.gpu import Block, Pointer, dense, padded, warps
 from dsv4_kernels.hyper import HyperSettings, Mixer, ref
-from dsv4_kernels.norm_rope.gpu import rms_norm
 
 STEP = 128  # values of all streams that a program multiplies at a time
 PARTS = 128  # into how many a token's sums are cut at most
@@ -26,16 +25,18 @@ WEIGHED = 1024  # and of `_mix`
 
 def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings,
                 norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    if not _fit(streams, *mixer) or not streams.numel():
+    if not _fit(streams, *mixer, norm) or not streams.numel():
         return ref.mix_streams(streams, mixer, settings, norm)
     (t, s, d), streams = streams.shape, dense(streams)
     x, post, across = (alloc.empty(shape, float32, streams.device) for shape in ((t, d), (t, s), (t, s, s)))
     sums, parts = _sums(streams, mixer)
-    width = min(padded(d), WEIGHED)
-    _mix[(t, triton.cdiv(d, width))](
-        sums, streams, dense(mixer.base), dense(mixer.scale), x, post, across, s, d, parts, mixer.fn.shape[0], *settings,
-        HEAD=False, S=padded(s), PARTS=padded(parts), WIDTH=width, num_warps=warps(width))
-    return x if norm is None else rms_norm(x, norm, settings.norm_eps), post, across
+    normed = norm is not None
+    width = padded(d) if normed else min(padded(d), WEIGHED)  # a norm is of all that a token has
+    _mix[(t, triton.cdiv(d, width) + 1)](
+        sums, streams, dense(mixer.base), dense(mixer.scale), x if norm is None else dense(norm), x, post, across, s, d, parts,
+        mixer.fn.shape[0], *settings, HEAD=False, NORMED=normed, S=padded(s), PARTS=padded(parts), WIDTH=width,
+        num_warps=warps(width))
+    return x, post, across
 
 
 def merge_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> Tensor:
@@ -46,8 +47,8 @@ def merge_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> Ten
     sums, parts = _sums(streams, mixer)
     width = min(padded(d), WEIGHED)
     _mix[(t, triton.cdiv(d, width))](
-        sums, streams, dense(mixer.base), dense(mixer.scale), merged, merged, merged, s, d, parts, mixer.fn.shape[0], *settings,
-        HEAD=True, S=padded(s), PARTS=padded(parts), WIDTH=width, num_warps=warps(width))
+        sums, streams, dense(mixer.base), dense(mixer.scale), merged, merged, merged, merged, s, d, parts, mixer.fn.shape[0],
+        *settings, HEAD=True, NORMED=False, S=padded(s), PARTS=padded(parts), WIDTH=width, num_warps=warps(width))
     return merged
 
 
@@ -62,8 +63,8 @@ def spread_streams(out: Tensor, streams: Tensor, post: Tensor, across: Tensor) -
     return spread
 
 
-def _fit(*given: Tensor) -> bool:
-    return all(each.dtype == float32 for each in given)
+def _fit(*given: Tensor | None) -> bool:
+    return all(each is None or each.dtype == float32 for each in given)
 
 
 def _sums(streams: Tensor, mixer: Mixer) -> tuple[Tensor, int]:
@@ -130,38 +131,39 @@ def _sinkhorn(logits: Block, inside: Block, eps: float, rounds: int) -> Block:
 
 
 @triton.jit
-def _mix(sums: Pointer, streams: Pointer, base: Pointer, scale: Pointer, x: Pointer, post: Pointer, across: Pointer, s: int,
-         d: int, parts: int, m: int, norm_eps: float, eps: float, rounds: int, HEAD: tl.constexpr, S: tl.constexpr,
-         PARTS: tl.constexpr, WIDTH: tl.constexpr) -> None:
-    """A program owns WIDTH values of a token's x; the first of a token also `post` and `across`."""
+def _mix(sums: Pointer, streams: Pointer, base: Pointer, scale: Pointer, weight: Pointer, x: Pointer, post: Pointer,
+         across: Pointer, s: int, d: int, parts: int, m: int, norm_eps: float, eps: float, rounds: int, HEAD: tl.constexpr,
+         NORMED: tl.constexpr, S: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr) -> None:
+    """A program owns WIDTH values of a token's x, with NORMED all of them; the last of a token, but for the head's, `post` and
+    `across` instead."""
     token = tl.program_id(0).to(tl.int64)
     one = tl.arange(0, 1)
     squares = tl.sum(_summed(sums, token, parts, m, m + one, one == 0, PARTS), 0)
     norm = tl.rsqrt(squares / (s * d) + norm_eps)
+    if HEAD or tl.program_id(1) < tl.num_programs(1) - 1:
+        place = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        total = tl.zeros((WIDTH,), tl.float32)
+        for stream in range(s):
+            mix = tl.sum(_summed(sums, token, parts, m, stream + one, one == 0, PARTS), 0) * norm
+            share = tl.sigmoid(tl.load(base + stream) + tl.load(scale) * mix) + eps
+            total += share * tl.load(streams + (token * s + stream) * d + place, place < d, 0.0)
+        if NORMED:
+            total *= tl.rsqrt(tl.sum(total * total, 0) / d + norm_eps) * tl.load(weight + place, place < d, 0.0)
+        tl.store(x + token * d + place, total, place < d)
+    else:
+        to = tl.arange(0, S)
+        sent = tl.load(scale + 1) * _summed(sums, token, parts, m, s + to, to < s, PARTS) * norm
+        sent = 2 * tl.sigmoid(tl.load(base + s + to, to < s, 0.0) + sent)
+        tl.store(post + token * s + to, sent, to < s)
 
-    place = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    total = tl.zeros((WIDTH,), tl.float32)
-    for stream in range(s):
-        mix = tl.sum(_summed(sums, token, parts, m, stream + one, one == 0, PARTS), 0) * norm
-        share = tl.sigmoid(tl.load(base + stream) + tl.load(scale) * mix) + eps
-        total += share * tl.load(streams + (token * s + stream) * d + place, place < d, 0.0)
-    tl.store(x + token * d + place, total, place < d)
-
-    if not HEAD:  # noqa: SIM102 - a constant: at the head what follows is not even compiled
-        if tl.program_id(1) == 0:
-            to = tl.arange(0, S)
-            sent = tl.load(scale + 1) * _summed(sums, token, parts, m, s + to, to < s, PARTS) * norm
-            sent = 2 * tl.sigmoid(tl.load(base + s + to, to < s, 0.0) + sent)
-            tl.store(post + token * s + to, sent, to < s)
-
-            cell = tl.arange(0, S * S)
-            inside = (cell // S < s) & (cell % S < s)
-            cell = 2 * s + cell // S * s + cell % S
-            logits = tl.load(scale + 2) * _summed(sums, token, parts, m, cell, inside, PARTS) * norm
-            logits = tl.reshape(tl.load(base + cell, inside, 0.0) + logits, (S, S))
-            inside_both = (to < s)[:, None] & (to < s)[None, :]
-            balanced = _sinkhorn(logits, inside_both, eps, rounds)
-            tl.store(across + (token * s + to)[:, None] * s + to[None, :], balanced, inside_both)
+        cell = tl.arange(0, S * S)
+        inside = (cell // S < s) & (cell % S < s)
+        cell = 2 * s + cell // S * s + cell % S
+        logits = tl.load(scale + 2) * _summed(sums, token, parts, m, cell, inside, PARTS) * norm
+        logits = tl.reshape(tl.load(base + cell, inside, 0.0) + logits, (S, S))
+        inside_both = (to < s)[:, None] & (to < s)[None, :]
+        balanced = _sinkhorn(logits, inside_both, eps, rounds)
+        tl.store(across + (token * s + to)[:, None] * s + to[None, :], balanced, inside_both)
 
 
 @triton.jit
@@ -182,7 +184,9 @@ def _spread(out: Pointer, streams: Pointer, post: Pointer, across: Pointer, spre
 AHEAD = (
     Case(_multiply, "*fp32 *fp32 *fp32 i32 i32:16 i32 i32", {"TOKENS": 1, "ROWS": 32, "STEP": 128}),
     Case(_multiply, "*fp32 *fp32 *fp32 i32 i32:16 i32 i32", {"TOKENS": 16, "ROWS": 32, "STEP": 128}),
-    Case(_mix, "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32:16 i32 i32 fp32 fp32 i32",
-         {"HEAD": False, "S": 4, "PARTS": 128, "WIDTH": 1024}, warps=2),
+    Case(_mix, "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32:16 i32 i32 fp32 fp32 i32",
+         {"HEAD": False, "NORMED": True, "S": 4, "PARTS": 128, "WIDTH": 4096}, warps=8),
+    Case(_mix, "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32:16 i32 i32 fp32 fp32 i32",
+         {"HEAD": True, "NORMED": False, "S": 4, "PARTS": 128, "WIDTH": 1024}, warps=2),
     Case(_spread, "*fp32 *fp32 *fp32 *fp32 *fp32 i32 i32:16", {"S": 4, "WIDTH": 512}),
 )

@@ -17,7 +17,7 @@ from torch import Tensor, float32, int64
 
 from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
-from dsv4_kernels.gpu import DOT, INTERPRETED, Pointer, dense, padded
+from dsv4_kernels.gpu import DOT, INTERPRETED, Pointer, Together, dense, padded
 from dsv4_kernels.linear import Weight, ref
 from dsv4_kernels.unpack import LAYOUTS, Layout, Matrix, matrix
 from dsv4_kernels.unpack.gpu import columns, met, multiplied, unpacked
@@ -37,7 +37,17 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
 
 
 def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
-    return [linear(x, weight) for weight in weights]
+    known = [found for weight in weights if (found := matrix(weight)) is not None]
+    tokens = x.numel() // max(1, x.shape[-1])
+    if len(known) < len(weights) or not known or x.dtype != float32 or not 0 < tokens <= FEW:
+        return [linear(x, weight) for weight in weights]
+    x = dense(x)
+    out = [alloc.empty((*x.shape[:-1], found.rows), float32, x.device) for found in known]
+    kinds = tuple(_kind(found, tokens) for found in known)
+    _several[(sum(triton.cdiv(found.rows, kind[3]) for found, kind in zip(known, kinds, strict=True)),)](
+        x, tuple((w.data, w.apart, to, w.rows, w.subs, w.row_bytes, w.apart_cols) for w, to in zip(known, out, strict=True)),
+        tokens, x.shape[-1], KINDS=kinds, TOKENS=padded(tokens))
+    return out
 
 
 def grouped_linear(x: Tensor, weight: Weight) -> Tensor:
@@ -72,6 +82,11 @@ def few_tile(layout: Layout, tokens: int, subs: int, rows: int) -> tuple[int, in
     return max(1, min(most, _VALUES // (subs * layout.lanes))), subs
 
 
+def _kind(w: Matrix, tokens: int) -> tuple[str, int, int, int, int]:
+    """What `_several` has to know of a matrix when it is compiled: format, fields, lanes, and the tile of a program."""
+    return (w.format, *w.layout, *few_tile(w.layout, tokens, w.subs, w.rows))
+
+
 def many_tile(w: Layout, tokens: int, exact: bool) -> tuple[int, int, int]:
     """(tokens, rows, subs) of a program for many tokens. All fields of a tile are unpacked before its first one is done with, so
     formats of several fields have narrower tiles, or their registers would spill; so have float32 products."""
@@ -98,8 +113,30 @@ def _multiply(x: Tensor, w: Matrix, groups: int, out: Tensor) -> None:
 def _few(x: Pointer, data: Pointer, apart: Pointer, out: Pointer, tokens: int, rows: int, subs: int, cols: int, row_bytes: int,
          apart_cols: int, FORMAT: tl.constexpr, FIELDS: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr,
          ROWS: tl.constexpr, SUBS: tl.constexpr) -> None:
-    group, groups = tl.program_id(1), tl.num_programs(1)
-    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    _met_by_few(x, data, apart, out, tl.program_id(0), tl.program_id(1), tl.num_programs(1), tokens, rows, subs, cols, row_bytes,
+                apart_cols, FORMAT, FIELDS, LANES, TOKENS, ROWS, SUBS)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _several(x: Pointer, matrices: Together, tokens: int, cols: int, KINDS: tl.constexpr, TOKENS: tl.constexpr) -> None:
+    """Several matrices that have nothing in common but their columns; each has its own programs, one after the other's.
+    KINDS: of each (FORMAT, FIELDS, LANES, ROWS, SUBS)."""
+    program = tl.program_id(0)
+    for each in tl.static_range(len(KINDS)):
+        data, apart, out, rows, subs, row_bytes, apart_cols = matrices[each]
+        programs = tl.cdiv(rows, KINDS[each][3])
+        if (program >= 0) & (program < programs):
+            _met_by_few(x, data, apart, out, program, 0, 1, tokens, rows, subs, cols, row_bytes, apart_cols, KINDS[each][0],
+                        KINDS[each][1], KINDS[each][2], TOKENS, KINDS[each][3], KINDS[each][4])
+        program -= programs
+
+
+@triton.jit
+def _met_by_few(x: Pointer, data: Pointer, apart: Pointer, out: Pointer, program: int, group: int, groups: int, tokens: int,
+                rows: int, subs: int, cols: int, row_bytes: int, apart_cols: int, FORMAT: tl.constexpr, FIELDS: tl.constexpr,
+                LANES: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, SUBS: tl.constexpr) -> None:
+    """The `program`-th ROWS rows of a group's matrix, times every token's activations of that group."""
+    own = program * ROWS + tl.arange(0, ROWS)
     row = (group * rows + own).to(tl.int64)[:, None, None]
     lane = tl.arange(0, LANES)[None, None, :]
     token = tl.arange(0, TOKENS)
@@ -166,9 +203,18 @@ def _cases() -> tuple[Case, ...]:
         m, n, subs = many_tile(layout, 512, exact)
         found.append(Case(_many, f"*fp32 *u8 *u8 *fp32 {sizes}",
                           {**about, "M": m, "N": n, "SUBS": subs, "EXACT": exact, "DOT": DOT}))
+    found += [_together(1, "q8_0", "q8_0", "f16", "f16"), _together(8, "q8_0", "f32"), _together(1, "fp8_e4m3", "f32")]
     found.append(Case(_embed, "*i64 *u8 *u8 *fp32 i32:16 i32:16 i32:16 i32",
                       {"FORMAT": "q8_0", "FIELDS": 1, "LANES": 32, "SUBS": 32}))
     return tuple(found)
+
+
+def _together(tokens: int, *formats: str) -> Case:
+    layouts = [LAYOUTS[name] for name in formats]
+    kinds = tuple((name, *layout, *few_tile(layout, tokens, 4096 // layout.columns, 1024))
+                  for name, layout in zip(formats, layouts, strict=True))
+    one = "(*u8 *u8 *fp32 i32:16 i32:16 i32:16 i32)"
+    return Case(_several, f"*fp32 ({' '.join([one] * len(kinds))}) i32 i32:16", {"KINDS": kinds, "TOKENS": padded(tokens)})
 
 
 AHEAD = _cases()
