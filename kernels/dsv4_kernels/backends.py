@@ -70,6 +70,21 @@ def watched(watcher: Watcher) -> Iterator[None]:
         pick.cache_clear()
 
 
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """While this lasts, tensors on the CPU go to the Triton kernels, which Triton's interpreter computes (for that, TRITON_INTERPRET=1
+    must be set before Triton is first imported): slow, but it is how a GPU's path is proved where no card is."""
+    known = dict(NATIVE)
+    NATIVE["cpu"] = "gpu"
+    pick.cache_clear()
+    try:
+        yield
+    finally:
+        NATIVE.clear()
+        NATIVE.update(known)
+        pick.cache_clear()
+
+
 _watchers: list[Watcher] = []
 
 
@@ -132,8 +147,9 @@ def use_threads(count: int | None) -> int:
 
 def queued(*, lazily: bool = False) -> AbstractContextManager[None]:
     """Queues the CPU kernels called within, which then compute while Python goes on; see native.queue for what that asks of
-    the caller. All are computed when it ends. Nothing is queued while somebody watches, who wants to see numbers."""
-    return nullcontext() if _watchers else queue.queued(lazily=lazily)
+    the caller. All are computed when it ends. Nothing is queued while somebody watches, who wants to see numbers, nor where
+    the CPU's own kernels do not compute."""
+    return nullcontext() if _watchers or NATIVE.get("cpu") != "cpu" else queue.queued(lazily=lazily)
 
 
 def gpu_trouble() -> QuantError | None:
