@@ -94,8 +94,8 @@ def bind(source: Source, expand_limit: int, *, exact: bool = False, device: str 
     """The trunk's weights; expanded to float32 when that takes at most `expand_limit` bytes.
 
     On another device than the CPU they are copies, made one by one from the mapped file, so that the host's memory holds
-    pages of the file at most. With `exact` nobody may round what packed weights are multiplied with. Raises CorruptFile for a tensor that is missing
-    or whose shape is not the configuration's.
+    pages of the file at most. With `exact` nobody may round what packed weights are multiplied with. Raises CorruptFile for
+    a tensor that is missing or whose shape is not the configuration's.
     """
     weights = Binder(source, exact).model()
     if 4 * weights.values <= expand_limit:

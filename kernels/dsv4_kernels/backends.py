@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from dsv4_kernels.native import library, queue
+from dsv4_kernels.unpack import LAYOUTS
 from dsv4_quant.errors import QuantError
 
 OPERATIONS = ("linear", "norm_rope", "rounding", "cache", "hyper", "compressor", "indexer", "attention", "router", "moe")
@@ -72,8 +73,8 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
 @contextmanager
 def interpreted() -> Iterator[None]:
-    """While this lasts, tensors on the CPU go to the Triton kernels, which Triton's interpreter computes (for that, TRITON_INTERPRET=1
-    must be set before Triton is first imported): slow, but it is how a GPU's path is proved where no card is."""
+    """While this lasts, tensors on the CPU go to the Triton kernels, which Triton's interpreter computes: slow, but it is how a
+    GPU's path is tested where no card is. For that TRITON_INTERPRET=1 must be set before Triton is first imported."""
     known = dict(NATIVE)
     NATIVE["cpu"] = "gpu"
     pick.cache_clear()
@@ -158,6 +159,11 @@ def gpu_trouble() -> QuantError | None:
         return BackendError("Triton is not installed, so no GPU kernel can be compiled.",
                             "pip install triton (Linux), or use --device cpu.")
     return None
+
+
+def gpu_formats() -> frozenset[str]:
+    """Formats of matrices that the Triton kernels read."""
+    return frozenset(LAYOUTS)
 
 
 def _trouble(name: str) -> QuantError | None:
