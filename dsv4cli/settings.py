@@ -76,7 +76,7 @@ TABLE: dict[str, Setting] = {
     "think_budget": Setting(int, "Longest reasoning in tokens; then the answer begins.", low=0),
     "stop": Setting(list, "End the answer before this text (may be given several times)."),
     "ctx": Setting(int, "Context in tokens: question, reasoning and answer together.", low=1),
-    "device": Setting(str, "Where to compute: auto or cpu."),
+    "device": Setting(str, "Where to compute: auto, cpu or cuda."),
     "threads": Setting(int, "CPU threads.", low=1),
     "numerics": Setting(str, "official: as DeepSeek's own code rounds its caches; plain: without that rounding.",
                         choices=("plain", "official")),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HEADINGS = ("depth", "prompt tok/s", "decode tok/s", "read per token", "bandwidth", "bound tok/s", "reached")
 
 
-@with_settings("threads", "numerics", "quiet")
+@with_settings("device", "threads", "numerics", "quiet")
 def bench(
     model: Model,
     prompt: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompt.")] = 512,
@@ -44,7 +44,7 @@ def bench(
     plan = engine_bench.Plan(prompt, gen, depths, repeat)
     prepare_kernels(chosen["quiet"])
     with console.progress(chosen["quiet"]) as report:
-        rows = list(engine_bench.measure(model, plan, report=report, **chosen.chosen("threads", "numerics")))
+        rows = list(engine_bench.measure(model, plan, report=report, **chosen.chosen("device", "threads", "numerics")))
     if json:
         console.print_json([asdict(row) for row in rows])
         return

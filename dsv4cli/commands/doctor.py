@@ -29,7 +29,7 @@ def doctor(
         "versions": machine.versions(),
         "cpu": machine.cpu(),
         "memory": machine.memory(),
-        "gpu": machine.gpu(),
+        "gpu": {**machine.gpu(), "models run on it": machine.card()},
         "measured": machine.measured(),
         "paths": machine.places(),
         "settings": in_force(),

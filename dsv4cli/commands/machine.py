@@ -56,6 +56,14 @@ def gpu() -> dict[str, Any]:
                for index, card in enumerate(cards)}}
 
 
+def card() -> str:
+    """Whether --device auto and cuda can use a card, or why not."""
+    from dsv4cli.engine.device import card_trouble
+
+    trouble = card_trouble()
+    return "yes, those that fit into its memory" if trouble is None else f"no: {trouble}"
+
+
 def measured() -> dict[str, Any]:
     """The rates that `dsv4 doctor --measure` found, when, and on which disk and GPU."""
     from dsv4cli.engine.machine import load

@@ -59,14 +59,15 @@ def facts(engine: Engine) -> list[tuple[str, str]]:
 
 def details(engine: Engine) -> list[tuple[str, str]]:
     """The facts with the whole memory plan and the architecture."""
-    return [*facts(engine), ("memory plan", engine.plan.parts()), *architecture(engine.config).items()]
+    return [*facts(engine), ("device", f"{engine.device}: {engine.device_reason}"), ("memory plan", engine.plan.parts()),
+            *architecture(engine.config).items()]
 
 
 def backends(engine: Any) -> str:
     """Which implementation computes, in a few words: one name when all operations share it."""
     from dsv4_kernels import backends as kernels
 
-    device = "cpu"
+    device = engine.device
     names: dict[str, list[str]] = {}
     for op in kernels.OPERATIONS:
         names.setdefault(kernels.pick(op, device).name, []).append(op)

@@ -63,8 +63,8 @@ class Row:
     bound_tok_s: float | None
 
 
-def measure(name: str, plan: Plan, *, numerics: str = "official", threads: int | None = None,
-            report: Callable[[int, int], None] | None = None) -> Iterator[Row]:
+def measure(name: str, plan: Plan, *, numerics: str = "official", device: str = "auto",
+            threads: int | None = None, report: Callable[[int, int], None] | None = None) -> Iterator[Row]:
     """Measures a model by alias or path, which needs no tokenizer: the tokens are random, the same in every run.
 
     Raises UsageError, CapacityError before anything is loaded that does not fit, and what the reader raises.
@@ -74,8 +74,9 @@ def measure(name: str, plan: Plan, *, numerics: str = "official", threads: int |
     if plan.longest > source.config.max_position_embeddings:
         raise UsageError(f"{plan.longest} tokens do not fit into {entry.name}'s {source.config.max_position_embeddings}.",
                          "Choose a smaller --depth.")
-    use_threads(threads, opening.plan_of(source, entry.name, plan.longest, numerics))
-    model = Model.bind(source, numerics=numerics)
+    place = opening.place_of(source, entry.name, plan.longest, numerics, device)
+    use_threads(threads, place.plan)
+    model = Model.bind(source, numerics=numerics, device=place.device)
     for number, depth in enumerate(plan.depths):
         if report:
             report(number, len(plan.depths))
@@ -91,10 +92,10 @@ def _row(model: Model, plan: Plan, depth: int) -> Row:
     start, later = state.snapshot(), ids[depth:]
     _decode(model, state, start, later[:WARM_UP])
     prompts = [_prompt(model, state, start, later[:plan.prompt]) for _ in range(plan.repeat if plan.prompt else 0)]
-    speeds, decodes = _bandwidth(), []
+    speeds, decodes = _bandwidth(model), []
     for _ in range(plan.repeat if plan.gen else 0):
         decodes.append(_decode(model, state, start, later[:plan.gen]))
-        speeds += _bandwidth()
+        speeds += _bandwidth(model)
     bandwidth = statistics.median(speeds) if speeds else None
     nbytes = bytes_per_token(model, depth)
     return Row(plan.prompt, plan.gen, depth, plan.prompt / statistics.median(prompts) if prompts else None,
@@ -102,15 +103,16 @@ def _row(model: Model, plan: Plan, depth: int) -> Row:
                bandwidth / 1e9 if bandwidth else None, bandwidth / nbytes if bandwidth else None)
 
 
-def _bandwidth() -> list[float]:
-    """Of reading memory, now: where others use it too, it changes by the minute. Nothing without kernels to read with."""
-    return [backends.read_bandwidth()] if backends.cpu_trouble() is None else []
+def _bandwidth(model: Model) -> list[float]:
+    """Of reading memory, now: where others use it too, it changes by the minute. Nothing without kernels to read with, and of a
+    card's memory nothing is known here."""
+    return [backends.read_bandwidth()] if model.device.type == "cpu" and backends.cpu_trouble() is None else []
 
 
 def _prompt(model: Model, state: State, start: Snapshot, ids: Tensor) -> float:
     state.restore(start)
     began = time.perf_counter()
-    model.forward(ids, state)
+    model.forward(ids, state).cpu()
     return time.perf_counter() - began
 
 
@@ -119,7 +121,7 @@ def _decode(model: Model, state: State, start: Snapshot, ids: Tensor) -> float:
     state.restore(start)
     began = time.perf_counter()
     for token in ids.split(1):
-        model.forward(token, state)
+        model.forward(token, state).cpu()
     return time.perf_counter() - began
 
 

@@ -11,6 +11,7 @@ import torch
 from dsv4_kernels import backends
 from dsv4_quant.files import open_source
 from dsv4cli.engine import opening, turn
+from dsv4cli.engine.device import demand_device
 from dsv4cli.engine.loaded import Loaded
 from dsv4cli.engine.memory import MemoryPlan
 from dsv4cli.engine.records import Token
@@ -34,21 +35,23 @@ class Engine(Loaded):
              threads: int | None = None, ctx: int | None = None, release: str | None = None) -> Engine:
         """Opens a model by alias, checkpoint folder or .gguf path.
 
-        ctx None chooses the longest usual context that fits. threads hold for the whole process; None means one per
+        device: "cpu", "cuda" (torch calls AMD's cards so too), or "auto": cuda where a card is and the model fits into its
+        memory. ctx None chooses the longest usual context that fits. threads hold for the whole process; None means one per
         physical core, but 1 for a very small model. Raises UsageError (unknown name, bad value),
         CapacityError with both numbers before anything is loaded that does not fit, and what the reader raises for a
         damaged or unknown file.
         """
         numerics_named(numerics)
-        _demand_cpu(device)
+        demand_device(device)
         _demand_threads(threads)
         entry = catalog.resolve(str(model))
         source = open_source(entry.located())
-        plan = opening.plan_of(source, entry.name, ctx, numerics)
-        use_threads(threads, plan)
-        return cls(entry.name, Model.bind(source, numerics=numerics), opening.tokenizer_of(source, entry.name),
-                   release_of(entry, source.metadata, release), plan, opening.fingerprint_of(source, numerics),
-                   opening.sampling_of(source))
+        place = opening.place_of(source, entry.name, ctx, numerics, device)
+        use_threads(threads, place.plan)
+        model_there = Model.bind(source, numerics=numerics, device=place.device)
+        return cls(entry.name, model_there, opening.tokenizer_of(source, entry.name),
+                   release_of(entry, source.metadata, release), place.plan, opening.fingerprint_of(source, numerics),
+                   opening.sampling_of(source), place.reason)
 
     def session(self) -> Session:
         """A new, empty timeline."""
@@ -69,14 +72,6 @@ class Engine(Loaded):
         return turn.answer(self, [dict(message) for message in messages], session=session or self.session(),
                            think=think, tools=tools, sampling=sampling or self.sampling, max_tokens=max_tokens, stop=stop,
                            think_budget=think_budget, cancel=cancel, progress=progress)
-
-
-def _demand_cpu(device: str) -> None:
-    if device == "cuda":
-        raise UsageError("The program does not drive its GPU kernels yet, so nothing can run on cuda.",
-                         "Leave --device out, or use --device cpu.")
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"There is no device {device!r}.", "Choose auto, cpu or cuda.")
 
 
 def _demand_threads(threads: int | None) -> None:

@@ -25,6 +25,7 @@ class Loaded:
     plan: MemoryPlan
     fingerprint: str  # of configuration, weights and numerics: what a saved session must match
     sampling: Sampling = field(default_factory=Sampling)  # what the model's authors recommend, where a request says nothing
+    device_reason: str = "it was asked for"  # why the model is on its device
 
     @property
     def config(self) -> ModelConfig:
@@ -33,6 +34,11 @@ class Loaded:
     @property
     def numerics(self) -> str:
         return self.model.numerics.name
+
+    @property
+    def device(self) -> str:
+        """The type of the device that the model computes on: "cpu" or "cuda"."""
+        return self.model.device.type
 
     @property
     def ctx(self) -> int:

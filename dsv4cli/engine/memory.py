@@ -68,12 +68,13 @@ class MemoryPlan:
 
 
 def plan_model(header: Header, name: str, *, ctx: int | None, numerics: str, available: int | None,
-               program: int = PROGRAM, decodes: bool = False) -> MemoryPlan:
+               program: int = PROGRAM, decodes: bool = False, on_card: bool = False) -> MemoryPlan:
     """The plan for `ctx` tokens, or, with ctx None, for the longest default that fits (halving from DEFAULT_CONTEXT; the
     smallest where none fits). Nobody is refused here: see MemoryPlan.demand_fit.
 
     program: bytes that the program holds before it opens a model. decodes: there are no kernels for packed weights, so
-    that a matrix has to be decoded for each product. Raises UsageError for a context the model does not have.
+    that a matrix has to be decoded for each product. on_card: weights are copied there whole, expanded ones instead of the
+    stored, and the tokenizer stays behind. Raises UsageError for a context the model does not have.
     """
     config = header.config
     longest = config.max_position_embeddings
@@ -86,6 +87,8 @@ def plan_model(header: Header, name: str, *, ctx: int | None, numerics: str, ava
 
     def plan(tokens: int) -> MemoryPlan:
         state = sizes.state_bytes(config, tokens, numerics)
+        if on_card:
+            return MemoryPlan(tokens, program, 0, 0 if expanded else weights.whole, expanded, state, state, scratch, available)
         return MemoryPlan(tokens, program, TOKEN_BYTES * config.vocab_size, weights.read_by(tokens), expanded, state, state,
                           scratch, available)
 
@@ -108,6 +111,10 @@ class _Weights:
         unread = nbytes.get("mtp", 0) + nbytes.get("other", 0)
         embedding = nbytes.get("embed", 0)
         return cls(embedding, header.tensor_bytes - unread - embedding)
+
+    @property
+    def whole(self) -> int:
+        return self.others + self.embedding
 
     def read_by(self, tokens: int) -> int:
         """Of the table only the rows of tokens that occur, each with the pages that the system maps around it."""

@@ -8,6 +8,7 @@ import json
 from dsv4_kernels import backends
 from dsv4_quant.files import Source
 from dsv4cli.encoding.tokenizer import Tokenizer
+from dsv4cli.engine.device import Place, free_on_card, settle
 from dsv4cli.engine.memory import LOADED_LATER, MemoryPlan, available_memory, plan_model, resident_bytes
 from dsv4cli.engine.sampling import Sampling
 from dsv4cli.errors import CorruptError, UsageError
@@ -15,15 +16,34 @@ from dsv4cli.errors import CorruptError, UsageError
 RECOMMENDED = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty")  # keys of generation_config.json
 
 
-def plan_of(source: Source, name: str, ctx: int | None, numerics: str) -> MemoryPlan:
-    """What `source` will need on this machine, told before its weights are read. Raises UsageError for a context that the
-    model does not have, CapacityError (both numbers) for one that the machine does not have."""
-    program, free = resident_bytes(), available_memory()
-    available = None if free is None else free + program  # what this process holds already is in the plan
-    plan = plan_model(source.header, name, ctx=ctx, numerics=numerics, available=available, program=program + LOADED_LATER,
-                      decodes=backends.cpu_trouble() is not None)
-    plan.demand_fit(name)
-    return plan
+UNUSED = ("mtp", "other")  # roles that the trunk does not read
+WHOLE_NUMBERS = ("i8", "i16", "i32", "i64")  # tables, which are decoded when they are bound
+ON_CARD = 500_000_000  # bytes for compiled kernels and what torch's allocator cannot use; a guess until a card was there
+
+
+def place_of(source: Source, name: str, ctx: int | None, numerics: str, device: str) -> Place:
+    """Where `source` will compute, and what it will need there, told before its weights are read. Raises UsageError for a
+    context that the model does not have or a device that is not here, CapacityError (both numbers) for one that the machine
+    does not have."""
+    def plan_for(where: str) -> MemoryPlan:
+        if where == "cuda":
+            return plan_model(source.header, name, ctx=ctx, numerics=numerics, available=free_on_card(), program=ON_CARD,
+                              on_card=True)
+        program, free = resident_bytes(), available_memory()
+        available = None if free is None else free + program  # what this process holds already is in the plan
+        return plan_model(source.header, name, ctx=ctx, numerics=numerics, available=available,
+                          program=program + LOADED_LATER, decodes=backends.cpu_trouble() is not None)
+
+    return settle(name, device, _formats(source), plan_for)
+
+
+def _formats(source: Source) -> set[str]:
+    """Of the matrices that the trunk reads, where they vary: official checkpoints have those that every kernel knows."""
+    if source.header.layout == "official":
+        return set()
+    roles = source.header.by_role().items()
+    return {info.dtype for role, infos in roles if role not in UNUSED
+            for info in infos if len(info.shape) > 1 and info.dtype not in WHOLE_NUMBERS}
 
 
 def tokenizer_of(source: Source, name: str) -> Tokenizer:

@@ -101,7 +101,7 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """Writes ids, state and logits to `path` (safetensors), at once or not at all."""
-        saved = sessionfile.Saved(tuple(self.ids), self.logits, self._state.snapshot().tensors())
+        saved = sessionfile.Saved(tuple(self.ids), self.logits.cpu(), self._state.snapshot().tensors())
         sessionfile.write(Path(path), saved, self.engine.fingerprint, self.engine.name)
 
     def load(self, path: str | Path) -> None:

@@ -40,7 +40,7 @@ class Meter:
     def add(self, number: int, x: Tensor) -> None:
         """x [..., columns] met matrix `number`."""
         rows = x.reshape(-1, x.shape[-1])
-        self.sums[number] += rows.double().square().sum(0).float()
+        self.sums[number] += rows.double().square().sum(0).float().cpu()
         self.counts[number] += len(rows)
 
 

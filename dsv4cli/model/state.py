@@ -26,15 +26,15 @@ FIRST_CAPACITY = 1024  # tokens
 class Ring:
     """The last `window` K=V vectors; token t lies in slot t mod window."""
 
-    def __init__(self, window: int, width: int, dtype: torch.dtype) -> None:
-        self.rows = alloc.empty((window, width), dtype)
+    def __init__(self, window: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.rows = alloc.empty((window, width), dtype, device)
 
     def place(self, t: int, position: int) -> Tensor:
         """Where the keys [t, d] of tokens position .. position + t are to be written before `push` takes them."""
         if t == 1:
             slot = position % len(self.rows)
             return self.rows[slot:slot + 1]
-        return alloc.empty((t, self.rows.shape[1]), self.rows.dtype)
+        return alloc.empty((t, self.rows.shape[1]), self.rows.dtype, self.rows.device)
 
     def push(self, kv: Tensor, position: int) -> Tensor:
         """Takes what was written to `place`; returns the keys that these tokens see: up to window - 1 tokens before, then
@@ -42,7 +42,7 @@ class Ring:
         window, t = len(self.rows), len(kv)
         if t == 1:
             return self.rows[:min(position + 1, window)]
-        slots = torch.arange(max(0, position - window + 1), position + t) % window
+        slots = torch.arange(max(0, position - window + 1), position + t, device=kv.device) % window
         recent = torch.cat([self.rows[slots[:-t]], kv])
         self.rows[slots[-min(t, window):]] = recent[-min(t, window):]
         return recent
@@ -51,10 +51,10 @@ class Ring:
 class Store:
     """Entries [capacity, d] that are only ever appended to; the first `count` are filled."""
 
-    def __init__(self, ratio: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, ratio: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.ratio = ratio
         self.count = 0
-        self.rows = alloc.empty((0, width), dtype)
+        self.rows = alloc.empty((0, width), dtype, device)
 
     def extend(self, count: int) -> Tensor:
         """Where the next `count` entries are to be written, which are counted as filled from now on."""
@@ -67,7 +67,7 @@ class Store:
 
     def reserve(self, tokens: int) -> None:
         """Makes room for the full groups of so many tokens."""
-        rows = alloc.empty((tokens // self.ratio, self.rows.shape[1]), self.rows.dtype)
+        rows = alloc.empty((tokens // self.ratio, self.rows.shape[1]), self.rows.dtype, self.rows.device)
         rows[:self.count] = self.filled
         self.rows = rows
 
@@ -80,8 +80,8 @@ class Compressed:
     store: Store
 
     @classmethod
-    def fresh(cls, ratio: int, width: int, dtype: torch.dtype) -> Compressed:
-        return cls(Pending.fresh(ratio, width, torch.float32), Store(ratio, width, dtype))
+    def fresh(cls, ratio: int, width: int, dtype: torch.dtype, device: torch.device) -> Compressed:
+        return cls(Pending.fresh(ratio, width, torch.float32, device), Store(ratio, width, dtype, device))
 
     @property
     def nbytes(self) -> int:
@@ -97,11 +97,11 @@ class LayerState:
     index: Compressed | None
 
     @classmethod
-    def fresh(cls, config: ModelConfig, layer: int, dtype: torch.dtype) -> LayerState:
+    def fresh(cls, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device) -> LayerState:
         ratio = config.ratio(layer)
-        return cls(Ring(config.sliding_window, config.head_dim, dtype),
-                   Compressed.fresh(ratio, config.head_dim, dtype) if ratio else None,
-                   Compressed.fresh(ratio, config.index_head_dim, dtype) if ratio == OVERLAPPING else None)
+        return cls(Ring(config.sliding_window, config.head_dim, dtype, device),
+                   Compressed.fresh(ratio, config.head_dim, dtype, device) if ratio else None,
+                   Compressed.fresh(ratio, config.index_head_dim, dtype, device) if ratio == OVERLAPPING else None)
 
     def compressed(self) -> Iterator[tuple[str, Compressed]]:
         parts = {"entries": self.entries, "index": self.index}
@@ -132,8 +132,8 @@ class Snapshot:
         return sum(tensor.nbytes for tensor in self.contents.values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything but the position, by name; `from_tensors` is the way back."""
-        return dict(self.contents)
+        """Everything but the position, by name, in the host's memory; `from_tensors` is the way back, to any device."""
+        return {name: tensor.cpu() for name, tensor in self.contents.items()}
 
     @classmethod
     def from_tensors(cls, position: int, tensors: Mapping[str, Tensor]) -> Snapshot:
@@ -143,14 +143,16 @@ class Snapshot:
 class State:
     """The memory of one timeline of at most `max_tokens` tokens; `position` of them have been processed."""
 
-    def __init__(self, config: ModelConfig, max_tokens: int, numerics: Numerics) -> None:
+    def __init__(self, config: ModelConfig, max_tokens: int, numerics: Numerics,
+                 device: torch.device | str = "cpu") -> None:
         self.config = config
         self.max_tokens = max_tokens
         self.numerics = numerics
         self.position = 0
         self.capacity = 0
         self.torn = False  # a forward pass was interrupted between two layers
-        self.layers = [LayerState.fresh(config, layer, numerics.cache) for layer in range(config.num_hidden_layers)]
+        self.layers = [LayerState.fresh(config, layer, numerics.cache, torch.device(device))
+                       for layer in range(config.num_hidden_layers)]
 
     @property
     def nbytes(self) -> int:

@@ -25,6 +25,9 @@ class Rope:
         yarn = Yarn(scaling.factor, scaling.original_max_position_embeddings, scaling.beta_fast, scaling.beta_slow)
         return cls(frequencies(dims, config.rope_theta), frequencies(dims, config.compress_rope_theta, yarn))
 
+    def to(self, device: torch.device) -> Rope:
+        return Rope(self.window.to(device), self.compress.to(device))
+
 
 class Groups(NamedTuple):
     """Groups of `ratio` tokens, each of which becomes an entry: `visible` int64 [t], how many are full for each token;
@@ -38,7 +41,7 @@ class Groups(NamedTuple):
 class Step:
     """Tokens ids int64 [t] at positions start .. start + t; turns complex64 [t, pairs] for both kinds of layer.
 
-    Whatever depends on positions alone is made once, here; it lives as long as the step.
+    Whatever depends on positions alone is made once, here, on the device of the ids; it lives as long as the step.
     """
 
     ids: Tensor
@@ -51,12 +54,13 @@ class Step:
 
     @classmethod
     def at(cls, ids: Tensor, start: int, rope: Rope) -> Step:
-        positions = torch.arange(start, start + len(ids))
+        positions = torch.arange(start, start + len(ids), device=ids.device)
         return cls(ids, start, positions, turns(positions, rope.window), turns(positions, rope.compress), rope)
 
     def groups(self, ratio: int) -> Groups:
         """The groups of all layers that compress `ratio` tokens into one."""
         if ratio not in self._groups:
-            firsts = torch.arange(self.start // ratio, (self.start + len(self.ids)) // ratio) * ratio
+            end = (self.start + len(self.ids)) // ratio
+            firsts = torch.arange(self.start // ratio, end, device=self.ids.device) * ratio
             self._groups[ratio] = Groups((self.positions + 1) // ratio, turns(firsts, self._rope.compress))
         return self._groups[ratio]

@@ -35,18 +35,20 @@ class Model:
         self.weights = weights
         self.config = config
         self.numerics = numerics
-        self.rope = Rope.of(config)
+        self.device = weights.norm.device
+        self.rope = Rope.of(config).to(self.device)
         self.blocks = [Block(layer, config, number, numerics) for number, layer in enumerate(weights.layers)]
 
     @classmethod
-    def bind(cls, source: Source, *, numerics: str = "official", expand_limit: int = EXPAND_LIMIT) -> Model:
-        """Binds the trunk's weights; packed ones stay views of the source's files.
+    def bind(cls, source: Source, *, numerics: str = "official", expand_limit: int = EXPAND_LIMIT,
+             device: str = "cpu") -> Model:
+        """Binds the trunk's weights; packed ones stay views of the source's files, or are copied to `device` as stored.
 
         numerics: "plain" or "official". expand_limit: bytes of float32 weights up to which the model is decoded once.
         Raises CorruptFile for a missing tensor or a wrong shape, UsageError for unknown numerics.
         """
         chosen = numerics_named(numerics)
-        return cls(bind(source, expand_limit, exact=chosen.exact), source.config, chosen)
+        return cls(bind(source, expand_limit, exact=chosen.exact, device=device), source.config, chosen)
 
     @property
     def weight_bytes(self) -> int:
@@ -55,11 +57,12 @@ class Model:
 
     def new_state(self, max_tokens: int) -> State:
         """An empty timeline with room for max_tokens tokens."""
-        return State(self.config, max_tokens, self.numerics)
+        return State(self.config, max_tokens, self.numerics, self.device)
 
     def forward(self, ids: Tensor, state: State, *, logits: Logits = "last") -> Tensor:
         """Processes ids int64 [t] at positions state.position .. + t, and moves the state behind them.
 
+        The ids come from the host; the logits are on the model's device.
         -> float32 logits [1, vocab] of the last token, [t, vocab] of all, or [0, vocab] for "none". However the ids are
         cut into calls, the logits are the same up to float32 rounding. Raises UsageError when the ids do not fit into
         the state, are empty or outside the vocabulary, or when an earlier call on this state was interrupted.
@@ -67,9 +70,9 @@ class Model:
         self._check(ids, state)
         state.reserve(state.position + len(ids))
         with torch.inference_mode():
-            rows = list(self._rows(ids.split(PIECE), state, logits))
+            rows = list(self._rows(ids.to(self.device).split(PIECE), state, logits))
         # Joined outside of inference mode, so that the caller may write into its logits.
-        return torch.cat(rows) if rows else torch.zeros(0, self.config.vocab_size)
+        return torch.cat(rows) if rows else torch.zeros(0, self.config.vocab_size, device=self.device)
 
     def _rows(self, pieces: Sequence[Tensor], state: State, logits: Logits) -> Iterator[Tensor]:
         """Moves the state over the pieces; yields the logits that were asked for and computes no others."""
@@ -79,7 +82,7 @@ class Model:
             streams = embed(piece, self.weights.embed).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
             state.torn = True
             # All of a token's kernels are on their way before the first ones are done. Prompts keep them busy enough.
-            with backends.queued() if len(piece) == 1 else nullcontext():
+            with backends.queued() if len(piece) == 1 and piece.device.type == "cpu" else nullcontext():
                 last = self._trunk(streams, step, state)
                 rows = self._head(last[-wanted:]) if wanted else None
             state.position += len(piece)

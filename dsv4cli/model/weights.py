@@ -90,16 +90,17 @@ class ModelWeights:
         return sum(torch.Size(leaf.shape).numel() for leaf in leaves(self))
 
 
-def bind(source: Source, expand_limit: int, *, exact: bool = False) -> ModelWeights:
+def bind(source: Source, expand_limit: int, *, exact: bool = False, device: str = "cpu") -> ModelWeights:
     """The trunk's weights; expanded to float32 when that takes at most `expand_limit` bytes.
 
-    With `exact` nobody may round what packed weights are multiplied with. Raises CorruptFile for a tensor that is missing
-    or whose shape is not the configuration's.
+    On another device than the CPU they are copies, made one by one from the mapped file, so that the host's memory holds
+    pages of the file at most. With `exact` nobody may round what packed weights are multiplied with. Raises CorruptFile for
+    a tensor that is missing or whose shape is not the configuration's.
     """
     weights = Binder(source, exact).model()
     if 4 * weights.values <= expand_limit:
         weights = _mapped(weights, lambda leaf: leaf.float() if isinstance(leaf, Packed) else leaf)
-    return weights
+    return weights if device == "cpu" else _mapped(weights, lambda leaf: leaf.to(device))
 
 
 class Binder:

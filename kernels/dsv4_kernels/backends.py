@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from dsv4_kernels.native import library, queue
+from dsv4_kernels.unpack import LAYOUTS
 from dsv4_quant.errors import QuantError
 
 OPERATIONS = ("linear", "norm_rope", "rounding", "cache", "hyper", "compressor", "indexer", "attention", "router", "moe")
@@ -67,6 +68,21 @@ def watched(watcher: Watcher) -> Iterator[None]:
         yield
     finally:
         _watchers.remove(watcher)
+        pick.cache_clear()
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """While this lasts, tensors on the CPU go to the Triton kernels, which Triton's interpreter computes: slow, but it is how a
+    GPU's path is tested where no card is. For that TRITON_INTERPRET=1 must be set before Triton is first imported."""
+    known = dict(NATIVE)
+    NATIVE["cpu"] = "gpu"
+    pick.cache_clear()
+    try:
+        yield
+    finally:
+        NATIVE.clear()
+        NATIVE.update(known)
         pick.cache_clear()
 
 
@@ -132,8 +148,9 @@ def use_threads(count: int | None) -> int:
 
 def queued(*, lazily: bool = False) -> AbstractContextManager[None]:
     """Queues the CPU kernels called within, which then compute while Python goes on; see native.queue for what that asks of
-    the caller. All are computed when it ends. Nothing is queued while somebody watches, who wants to see numbers."""
-    return nullcontext() if _watchers else queue.queued(lazily=lazily)
+    the caller. All are computed when it ends. Nothing is queued while somebody watches, who wants to see numbers, nor where
+    the CPU's own kernels do not compute."""
+    return nullcontext() if _watchers or NATIVE.get("cpu") != "cpu" else queue.queued(lazily=lazily)
 
 
 def gpu_trouble() -> QuantError | None:
@@ -142,6 +159,11 @@ def gpu_trouble() -> QuantError | None:
         return BackendError("Triton is not installed, so no GPU kernel can be compiled.",
                             "pip install triton (Linux), or use --device cpu.")
     return None
+
+
+def gpu_formats() -> frozenset[str]:
+    """Formats of matrices that the Triton kernels read."""
+    return frozenset(LAYOUTS)
 
 
 def _trouble(name: str) -> QuantError | None:

@@ -28,12 +28,10 @@ def reference_only(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_triton() -> Iterator[None]:
     """Doors give CPU tensors to `gpu` wherever it exists, which Triton's interpreter computes (interpreter.py)."""
-    monkeypatch.setattr(backends, "NATIVE", {"cpu": "gpu"})
-    backends.pick.cache_clear()
-    yield
-    backends.pick.cache_clear()
+    with backends.interpreted():
+        yield
 
 
 @pytest.fixture

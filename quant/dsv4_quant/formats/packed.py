@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,10 @@ class Packed:
         """float32 of `shape`: exactly the values that the bytes mean. Read only: what is stored so is the file itself."""
         data = self.data if self.shape else self.data[None]  # a scalar has no rows
         return self._format.decode(_pick(data, slice(None)), self._scales(slice(None))).reshape(self.shape)
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same bytes in a device's memory."""
+        return replace(self, data=self.data.to(device), scale=None if self.scale is None else self.scale.to(device))
 
     def rows(self, index: Tensor | slice) -> Tensor:
         """float32 of the chosen rows only, as a look-up in an embedding wants them."""

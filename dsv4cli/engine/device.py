@@ -1,0 +1,74 @@
+"""Where a model computes: on a card where there is one that our kernels can use and the model fits into; else on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import torch
+
+from dsv4_kernels import backends
+from dsv4cli.console import in_bytes
+from dsv4cli.engine.memory import MemoryPlan
+from dsv4cli.errors import UsageError
+
+DEVICES = ("auto", "cpu", "cuda")
+OLDEST = (8, 0)  # compute capability of NVIDIA's first cards whose tensor cores take bf16
+PLAIN_HINT = "Leave --device out, or use --device cpu."
+
+
+class Place(NamedTuple):
+    """A device, why it was chosen, and what the model will need there."""
+
+    device: str  # "cpu" or "cuda"; torch calls AMD's cards cuda too
+    reason: str
+    plan: MemoryPlan
+
+
+def demand_device(asked: str) -> None:
+    """Raises UsageError for a device that does not exist, or is not here."""
+    if asked not in DEVICES:
+        raise UsageError(f"There is no device {asked!r}.", f"Choose {', '.join(DEVICES[:-1])} or {DEVICES[-1]}.")
+    if asked == "cuda" and (trouble := card_trouble()) is not None:
+        raise UsageError(f"Nothing can run on cuda: {trouble}.", PLAIN_HINT)
+
+
+def settle(name: str, asked: str, formats: Collection[str], plan_for: Callable[[str], MemoryPlan]) -> Place:
+    """The place for a model called `name` with matrices of these `formats`; plan_for("cpu") and plan_for("cuda") tell what it
+    needs there.
+
+    Raises UsageError as `demand_device` does and for formats that no kernel reads, CapacityError (both numbers) where the
+    chosen device has too little memory.
+    """
+    demand_device(asked)
+    reason = "it was asked for" if asked == "cpu" else card_trouble()
+    if reason is None:
+        plan = plan_for("cuda")
+        strange = [] if plan.expanded else sorted(set(formats) - backends.gpu_formats())
+        if strange and asked == "cuda":
+            raise UsageError(f"{name} cannot run on cuda: there is no kernel for {', '.join(strange)}.", PLAIN_HINT)
+        if asked == "cuda" or (plan.fits and not strange):
+            plan.demand_fit(name)
+            return Place("cuda", "it was asked for" if asked == "cuda" else "the model fits into the card's memory", plan)
+        reason = (f"no kernel of the card's reads {', '.join(strange)}" if strange else
+                  f"the model needs {in_bytes(plan.needed)} of the card's memory, which has {in_bytes(plan.available or 0)} free")
+    plan = plan_for("cpu")
+    plan.demand_fit(name)
+    return Place("cpu", reason, plan)
+
+
+def card_trouble() -> str | None:
+    """Why no model can run on a card here, without a full stop, or None when one can."""
+    if not torch.cuda.is_available():
+        return "torch finds no card" if torch.backends.cuda.is_built() else "this torch was built without CUDA"
+    if (missing := backends.gpu_trouble()) is not None:
+        return missing.message.rstrip(".")
+    found = torch.cuda.get_device_capability()
+    if torch.version.hip is None and found < OLDEST:
+        return f"the card's compute capability is {found[0]}.{found[1]}, and the kernels need {OLDEST[0]}.{OLDEST[1]}"
+    return None
+
+
+def free_on_card() -> int:
+    """Bytes that the card has left for this process, torch's own unused ones among them."""
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

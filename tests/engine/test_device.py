@@ -1,0 +1,107 @@
+"""Where a model computes: what auto chooses, and what a card that cannot be used says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv4_kernels import backends
+from dsv4_quant.files import open_source
+from dsv4_quant.files.headers import read_header
+from dsv4cli.engine import device, opening
+from dsv4cli.engine.memory import MemoryPlan, plan_model
+from dsv4cli.errors import CapacityError, UsageError
+from tests.support.gguf_writer import Kind, write
+from tests.support.synth import Checkpoint, Shape
+
+SMALL = MemoryPlan(512, 1, 0, 2, 0, 3, 3, 4, available=100)
+CARD = replace(SMALL, weights=50)
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that everything says is there; nothing is computed on it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(backends, "gpu_trouble", lambda: None)
+
+
+@pytest.fixture
+def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def plans(on_card: MemoryPlan) -> dict[str, MemoryPlan]:
+    return {"cpu": SMALL, "cuda": on_card}
+
+
+def settled(asked: str, on_card: MemoryPlan = CARD, formats: Collection[str] = ("q2_k", "f32")) -> device.Place:
+    return device.settle("flash", asked, formats, plans(on_card).__getitem__)
+
+
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize(("asked", "chosen", "why"), [
+    ("auto", "cuda", "fits into the card's memory"), ("cuda", "cuda", "asked for"), ("cpu", "cpu", "asked for")])
+def test_a_card_is_taken_unless_the_cpu_is_asked_for(asked: str, chosen: str, why: str) -> None:
+    place = settled(asked)
+    assert (place.device, place.plan) == (chosen, plans(CARD)[chosen])
+    assert why in place.reason
+
+
+@pytest.mark.usefixtures("card")
+def test_what_does_not_fit_into_the_card_stays_on_the_cpu_or_is_refused() -> None:
+    large = replace(CARD, weights=2_000_000_000, available=1_000_000_000)
+    place = settled("auto", large)
+    assert (place.device, place.plan) == ("cpu", SMALL)
+    assert "2.0 GB of the card's memory, which has 1.0 GB free" in place.reason
+    with pytest.raises(CapacityError, match=r"2\.0 GB .* only 1\.0 GB"):
+        settled("cuda", large)
+
+
+@pytest.mark.usefixtures("card")
+def test_formats_without_a_kernel_stay_on_the_cpu() -> None:
+    place = settled("auto", formats=["q2_k", "iq3_xxs"])
+    assert (place.device, "iq3_xxs" in place.reason, "q2_k" in place.reason) == ("cpu", True, False)
+    with pytest.raises(UsageError, match="no kernel for iq3_xxs"):
+        settled("cuda", formats=["q2_k", "iq3_xxs"])
+    assert settled("auto", replace(CARD, expanded=5), ["iq3_xxs"]).device == "cuda"  # decoded before it goes there
+
+
+@pytest.mark.usefixtures("no_card")
+def test_without_a_card() -> None:
+    assert settled("auto").device == "cpu"
+    with pytest.raises(UsageError, match=r"Nothing can run on cuda: .*(no card|without CUDA)") as refused:
+        settled("cuda")
+    assert "--device cpu" in str(refused.value.hint)
+
+
+@pytest.mark.usefixtures("card")
+def test_cards_and_installations_that_the_kernels_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert "7.5" in settled("auto").reason
+    monkeypatch.setattr(backends, "gpu_trouble", lambda: backends.BackendError("Triton is not installed.", "Install it."))
+    with pytest.raises(UsageError, match=r"on cuda: Triton is not installed\."):
+        settled("cuda")
+
+
+def test_a_plan_for_a_card_counts_every_weight_once(tmp_path: Path) -> None:
+    header = read_header(Checkpoint(Shape(), seed=5).write(tmp_path))
+    plan = plan_model(header, "random", ctx=512, numerics="official", available=None, program=7, on_card=True)
+    assert (plan.program, plan.vocabulary) == (7, 0)
+    assert (plan.weights, plan.expanded > 0) == (0, True)  # small enough to be expanded: nothing else goes there
+
+
+@pytest.mark.usefixtures("no_card")
+def test_every_layout_finds_its_place(tmp_path: Path) -> None:
+    """A GGUF's formats are read from its header; official checkpoints have those that every kernel knows."""
+    source = open_source(Checkpoint(Shape(), seed=5).write(tmp_path / "official"))
+    place = opening.place_of(source, "random", 512, "official", "auto")
+    assert (place.device, place.plan.context) == ("cpu", 512)
+    gguf = open_source(write(source, tmp_path / "model.gguf", Kind.F32))
+    assert opening.place_of(gguf, "random", 512, "official", "cpu").reason == "it was asked for"
+    with pytest.raises(UsageError, match="Nothing can run on cuda"):
+        opening.place_of(gguf, "random", 512, "official", "cuda")
