@@ -8,10 +8,12 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dsv4_quant.files.headers import read_header
+from dsv4cli.engine.placement import Load, Placement
 from tests.support.program import ROOT, environment
 
 
@@ -90,3 +92,40 @@ def test_a_download_beside_a_plain_copy(tmp_path: Path) -> None:
     assert [row["way"] for row in rows] == ["copy", "bare", "pull", "hub", "hash"]
     assert all(float(row["seconds"]) > 0 and float(row["cpu_seconds"]) > 0 for row in rows)
     assert done.stdout.splitlines()[-3].startswith("| pull | ")
+
+
+def simulation() -> Any:
+    spec = importlib.util.spec_from_file_location("placement_benchmark", ROOT / "benchmarks/placement.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_usual_cache_lets_the_oldest_fall_a_tier() -> None:
+    placement = Placement({(0, 0), (0, 1)}, {(0, 2)})
+    recent = simulation().Recent(placement)
+    recent.touch((0, 3))
+    assert placement == Placement({(0, 1), (0, 3)}, {(0, 0)})  # 2 left RAM
+    recent.touch((0, 1))  # only becomes younger than 3
+    recent.touch((0, 0))
+    assert placement == Placement({(0, 0), (0, 1)}, {(0, 3)})
+
+
+def test_the_usual_cache_of_a_machine_without_vram() -> None:
+    placement = Placement(set(), {(0, 0)})
+    simulation().Recent(placement).touch((0, 1))
+    assert placement == Placement(set(), {(0, 1)})
+
+
+def test_the_placement_bound_loses_the_policies_time_in_layers() -> None:
+    """Of 4 layers with 16 experts a quarter is in VRAM and the rest in RAM; 512 tokens tell which to keep."""
+    module = simulation()
+    load = Load(4, 16, 10_000_000, 10_000_000)
+    rates = module.compare(module.Machine("small", 0.16, 1, 1000, 50, 10, 1, load), 1.0, 1024)
+    lost = 1 / rates["placement bound"] - 1 / rates["split bound"]
+    assert lost == pytest.approx(4 * module.LAYER_S)
+    assert 0.8 * rates["placement bound"] < rates["hot"] < rates["split bound"] < rates["clairvoyant"]
+    assert max(rates["LRU"], rates["first layers"]) < rates["hot"]
