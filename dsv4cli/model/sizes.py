@@ -10,6 +10,7 @@ from dsv4cli.errors import UsageError
 
 CACHE_BYTES = {"plain": 4, "official": 2}  # of one cached value, by numerics
 EXPAND_LIMIT = 512_000_000  # bytes of float32 weights; a model below it is decoded once, when it is bound
+SCALED = 64, 32  # values under a byte of scale, of packed K=V and of packed index keys
 OVERLAPPING = 4  # the ratio that has an indexer, and whose groups overlap
 
 
@@ -19,24 +20,36 @@ def demand_numerics(name: str) -> None:
         raise UsageError(f"There are no numerics called {name!r}.", f"Choose one of {', '.join(CACHE_BYTES)}.")
 
 
-def state_bytes(config: ModelConfig, tokens: int, numerics: str) -> int:
+def state_bytes(config: ModelConfig, tokens: int, numerics: str, *, packed: bool = False) -> int:
     """Of a state with room for so many tokens: rings, entries, index keys, and the groups being filled (float32).
 
-    Raises UsageError for unknown numerics.
+    packed: rows are what dsv4_kernels.cache.packed makes of them, which only official numerics leave room for. Raises
+    UsageError for unknown numerics, and for plain ones that are to be packed.
     """
     demand_numerics(numerics)
+    if packed and numerics != "official":
+        raise UsageError(f"Caches of {numerics} numerics cannot be packed without loss.", "Use the official ones.")
     value = CACHE_BYTES[numerics]
-    total = config.num_hidden_layers * config.sliding_window * config.head_dim * value
+    key, index = (_packed_rows(config) if packed else (config.head_dim * value, config.index_head_dim * value))
+    total = config.num_hidden_layers * config.sliding_window * key
     for ratio in filter(None, map(config.ratio, range(config.num_hidden_layers))):
-        total += _compressor_bytes(ratio, config.head_dim, tokens, value)
+        total += _pending_bytes(ratio, config.head_dim) + tokens // ratio * key
         if ratio == OVERLAPPING:
-            total += _compressor_bytes(ratio, config.index_head_dim, tokens, value)
+            total += _pending_bytes(ratio, config.index_head_dim) + tokens // ratio * index
     return total
 
 
-def _compressor_bytes(ratio: int, width: int, tokens: int, value: int) -> int:
+def _packed_rows(config: ModelConfig) -> tuple[int, int]:
+    """Bytes of a K=V row (FP8, scales, bf16 where it is rotated) and of an index key (FP4, scales)."""
+    still = config.head_dim - config.qk_rope_head_dim
+    return (still + still // SCALED[0] + 2 * config.qk_rope_head_dim,
+            config.index_head_dim // 2 + config.index_head_dim // SCALED[1])
+
+
+def _pending_bytes(ratio: int, width: int) -> int:
+    """Of a group being filled: keys and scores; where groups overlap also of the one before, and twice as wide."""
     doubled = 2 if ratio == OVERLAPPING else 1
-    return 2 * (doubled * ratio) * (doubled * width) * 4 + tokens // ratio * width * value
+    return 2 * (doubled * ratio) * (doubled * width) * 4
 
 
 def expanded_bytes(config: ModelConfig, stored: int) -> int:

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from dsv4_kernels.cache.packed import index_bytes, kv_bytes
+from dsv4_quant.config import ModelConfig
 from dsv4cli.errors import CorruptError, UsageError
+from dsv4cli.model.sizes import state_bytes
 from dsv4cli.model.state import Snapshot, State
 from tests.model.conftest import Bound
+from tests.quant.releases import FLASH, PRO
 
 
 @pytest.mark.parametrize("numerics", ["plain", "official"])
@@ -34,6 +40,31 @@ def test_bytes_are_those_of_the_layout(bound: Bound) -> None:
     ratio_4 = 2 * (2 * 8 * 256 * 4 + 2 * 8 * 128 * 4 + 1000 // 4 * (128 + 64) * 4)
     ratio_128 = 2 * 128 * 128 * 4 + 1000 // 128 * 128 * 4
     assert State.bytes_for(bound().config, 1000, "plain") == rings + ratio_4 + ratio_128
+
+
+@pytest.mark.parametrize(("release", "layers"), [(FLASH, (21, 20)), (PRO, (30, 31))], ids=["flash", "pro"])
+def test_packed_entries_take_the_published_bytes(release: dict[str, Any], layers: tuple[int, int]) -> None:
+    """1M tokens as in spec/checkpoint.md section 3.14; rings and groups that are being filled come to it."""
+    entries = layers[0] * 262_144 * (583 + 68) + layers[1] * 8192 * 583
+    config = ModelConfig.from_dict(release, "config.json")
+    packed = [state_bytes(config, tokens, "official", packed=True) for tokens in (0, 1 << 20)]
+    assert packed[1] - packed[0] == entries
+    if release is FLASH:
+        assert packed[1] < 4_000_000_000 < state_bytes(config, 1 << 20, "official")
+
+
+@pytest.mark.parametrize("release", [FLASH, PRO], ids=["flash", "pro"])
+def test_packed_rows_are_as_long_as_packing_makes_them(release: dict[str, Any]) -> None:
+    config = ModelConfig.from_dict(release, "config.json")
+    grown = [state_bytes(config, 128 * n, "official", packed=True) for n in (0, 1)]
+    ratios = [config.ratio(layer) for layer in range(config.num_hidden_layers)]
+    key, index = kv_bytes(config.head_dim, config.qk_rope_head_dim), index_bytes(config.index_head_dim)
+    assert grown[1] - grown[0] == ratios.count(128) * key + ratios.count(4) * 32 * (key + index)
+
+
+def test_plain_numerics_cannot_be_packed() -> None:
+    with pytest.raises(UsageError, match="plain numerics cannot be packed"):
+        state_bytes(ModelConfig.from_dict(FLASH, "config.json"), 1, "plain", packed=True)
 
 
 @pytest.mark.parametrize("numerics", ["plain", "official"])
