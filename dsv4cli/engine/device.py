@@ -1,4 +1,6 @@
-"""Where a model computes: on a card where there is one that our kernels can use and the model fits into; else on the CPU."""
+"""Where a model computes: on a card where one is asked for, or is there for `auto` once kernels are PROVEN; else on the CPU.
+
+A card has to be one that our kernels can use, and the model has to fit into its memory."""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from dsv4cli.errors import UsageError
 
 DEVICES = ("auto", "cpu", "cuda")
 OLDEST = (8, 0)  # compute capability of NVIDIA's first cards whose tensor cores take bf16
+PROVEN = False  # no kernel has run on a card yet, so a card is used where it is asked for, and not unasked
 PLAIN_HINT = "Leave --device out, or use --device cpu."
 
 
@@ -42,6 +45,8 @@ def settle(name: str, asked: str, formats: Collection[str], plan_for: Callable[[
     """
     demand_device(asked)
     reason = "it was asked for" if asked == "cpu" else card_trouble()
+    if asked == "auto" and reason is None and not PROVEN:
+        reason = "the kernels have not been proven on a card yet; --device cuda tries them"
     if reason is None:
         plan = plan_for("cuda")
         strange = [] if plan.expanded else sorted(set(formats) - backends.gpu_formats())

@@ -28,6 +28,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(backends, "gpu_trouble", lambda: None)
+    monkeypatch.setattr(device, "PROVEN", True)
 
 
 @pytest.fixture
@@ -50,6 +51,14 @@ def test_a_card_is_taken_unless_the_cpu_is_asked_for(asked: str, chosen: str, wh
     place = settled(asked)
     assert (place.device, place.plan) == (chosen, plans(CARD)[chosen])
     assert why in place.reason
+
+
+@pytest.mark.usefixtures("card")
+def test_until_kernels_are_proven_a_card_has_to_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "PROVEN", False)
+    assert settled("auto").device == "cpu"
+    assert "--device cuda" in settled("auto").reason
+    assert settled("cuda").device == "cuda"
 
 
 @pytest.mark.usefixtures("card")
