@@ -18,10 +18,10 @@ from dsv4_kernels.ahead import Case
 from dsv4_kernels.attention import Entries, ref
 from dsv4_kernels.gpu import CACHED, DOT, Block, Pointer, dense, multiplied, padded, warps
 from dsv4_kernels.norm_rope.gpu import rotate
+from dsv4_kernels.tuned import Sizes, default, options, tuned
 
 HEADS = 16  # of a program: what a tensor core takes
-PROGRAMS = 256  # that keep a card busy; with fewer tokens than that, keys are dealt out too
-NARROW_KEYS, WIDE_KEYS = 16, 16  # of a tile, of bf16 and of float32
+WIDE_KEYS = 16  # of a tile, where they are float32
 
 
 class Plan(NamedTuple):
@@ -43,7 +43,8 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
         kv, visible, n = dense(entries.kv), dense(entries.visible), len(entries.kv)
         if entries.chosen is not None:
             chosen, k = dense(entries.chosen), entries.chosen.shape[1]
-    out, plan = alloc.empty_like(q), _plan(t, heads, min(window, len(recent)), k or n, recent.dtype == float32)
+    sizes = tuned("attention.attend", q.device)
+    out, plan = alloc.empty_like(q), _plan(t, heads, min(window, len(recent)), k or n, recent.dtype == float32, sizes)
     parts = stats = out
     if plan.splits > 1:
         parts = alloc.empty((t, plan.splits, heads, d), float32, q.device)
@@ -51,7 +52,7 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
     _attend[(t, triton.cdiv(heads, HEADS), plan.splits)](
         q, recent, kv, visible, chosen, sink, parts, stats, len(recent) - t, heads, d, n, k, window, d**-0.5,
         CHOOSING=k > 0, SPLIT=plan.splits > 1, HEADS=HEADS, KEYS=plan.keys, D=padded(d, 16), WIDE=recent.dtype == float32,
-        DOT=DOT, num_warps=4 if d <= 128 else 8, num_stages=1)
+        DOT=DOT, **options({**sizes, "warps": min(4, sizes["warps"])} if d <= 128 else sizes))
     if plan.splits > 1:
         _join[(t, heads)](parts, stats, out, plan.splits, heads, d, SPLITS=padded(plan.splits), D=padded(d),
                           num_warps=warps(padded(plan.splits) * d))
@@ -65,10 +66,11 @@ def _fit(entries: Entries | None, recent: Tensor) -> bool:
     return entries.kv.dtype == recent.dtype and whole
 
 
-def _plan(t: int, heads: int, near: int, far: int, wide: bool) -> Plan:
-    keys = WIDE_KEYS if wide else NARROW_KEYS
+def _plan(t: int, heads: int, near: int, far: int, wide: bool, sizes: Sizes) -> Plan:
+    """Programs keep a card busy; with fewer tokens than that, keys are dealt out too."""
+    keys = WIDE_KEYS if wide else sizes["keys"]
     tiles = triton.cdiv(near, keys) + triton.cdiv(far, keys)
-    return Plan(keys, max(1, min(tiles, PROGRAMS // (t * triton.cdiv(heads, HEADS)))))
+    return Plan(keys, max(1, min(tiles, sizes["programs"] // (t * triton.cdiv(heads, HEADS)))))
 
 
 @triton.jit
@@ -147,8 +149,8 @@ def _join(parts: Pointer, stats: Pointer, out: Pointer, splits: int, heads: int,
 
 AHEAD = (
     Case(_attend, "*fp32 *bf16 *bf16 *i64 *i64 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32 i32 i32 fp32",
-         {"CHOOSING": True, "SPLIT": True, "HEADS": HEADS, "KEYS": NARROW_KEYS, "D": 512, "WIDE": False, "DOT": DOT}, warps=8,
-         stages=1),
+         {"CHOOSING": True, "SPLIT": True, "HEADS": HEADS, "KEYS": default("attention.attend")["keys"], "D": 512, "WIDE": False,
+          "DOT": DOT}, warps=8, stages=1),
     Case(_attend, "*fp32 *fp32 *fp32 *i64 *i64 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32 i32 i32 fp32",
          {"CHOOSING": False, "SPLIT": False, "HEADS": HEADS, "KEYS": WIDE_KEYS, "D": 512, "WIDE": True, "DOT": DOT}, warps=8,
          stages=1),

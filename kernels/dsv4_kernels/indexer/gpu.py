@@ -17,10 +17,9 @@ from dsv4_kernels.ahead import Case
 from dsv4_kernels.gpu import CACHED, DOT, Block, Pointer, dense, in_order, multiplied, padded
 from dsv4_kernels.indexer import ref
 from dsv4_kernels.tiles import tiles
+from dsv4_kernels.tuned import default, options, tuned
 
-NARROW_KEYS, WIDE_KEYS = 32, 16  # entries of a program that scores, of bf16 and of float32
-TOKENS = 8  # tokens that share a load of them, in prompts
-SCAN = 4096  # scores that are looked at together when choosing
+WIDE_KEYS = 16  # entries of a program that scores, where they are float32
 SIGN = tl.constexpr(-(1 << 31))
 
 
@@ -31,16 +30,18 @@ def top_indices(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: in
     (t, heads, d), n = q.shape, len(keys)
     q, weights, keys, visible = dense(q), dense(weights), dense(keys), dense(visible)
     slots, wide = min(k, n), keys.dtype == float32
-    tile = WIDE_KEYS if wide else NARROW_KEYS
+    scoring, choosing = tuned("indexer.score", q.device), tuned("indexer.choose", q.device)
+    tile = WIDE_KEYS if wide else scoring["keys"]
     chosen = alloc.empty((t, slots), int64, q.device)
     for rows in tiles(t, n):
         count = len(visible[rows])
         scores = alloc.empty((count, n), int32, q.device)
-        shared = min(count, TOKENS)
+        shared = min(count, scoring["tokens"])
         _score[(triton.cdiv(n, tile), triton.cdiv(count, shared))](
             q[rows], weights[rows], keys, visible[rows], scores, count, n, heads, d, slots, shared,
-            HEADS=padded(heads, 16), D=padded(d, 16), KEYS=tile, WIDE=wide, DOT=DOT, num_warps=8)
-        _choose[(count,)](scores, visible[rows], chosen[rows], n, slots, SCAN=min(SCAN, padded(n)), num_warps=8)
+            HEADS=padded(heads, 16), D=padded(d, 16), KEYS=tile, WIDE=wide, DOT=DOT, **options(scoring))
+        _choose[(count,)](scores, visible[rows], chosen[rows], n, slots, SCAN=min(choosing["scan"], padded(n)),
+                          **options(choosing))
     return chosen
 
 
@@ -112,6 +113,6 @@ def _kth(scores: Pointer, count: int, k: int, SCAN: tl.constexpr) -> tuple[Block
 
 AHEAD = (
     Case(_score, "*fp32 *fp32 *bf16 *i64 *i32 i32 i32 i32:16 i32:16 i32 i32",
-         {"HEADS": 64, "D": 128, "KEYS": NARROW_KEYS, "WIDE": False, "DOT": DOT}, warps=8),
-    Case(_choose, "*i32 *i64 *i64 i32 i32", {"SCAN": SCAN}, warps=8),
+         {"HEADS": 64, "D": 128, "KEYS": default("indexer.score")["keys"], "WIDE": False, "DOT": DOT}, warps=8),
+    Case(_choose, "*i32 *i64 *i64 i32 i32", {"SCAN": default("indexer.choose")["scan"]}, warps=8),
 )

@@ -17,13 +17,13 @@ from torch import Tensor, float32, int64
 
 from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
-from dsv4_kernels.gpu import DOT, INTERPRETED, Pointer, Together, dense, padded
+from dsv4_kernels.gpu import DOT, Pointer, Together, dense, padded
 from dsv4_kernels.linear import Weight, ref
+from dsv4_kernels.tuned import Sizes, default, options, tuned
 from dsv4_kernels.unpack import LAYOUTS, Layout, Matrix, matrix
 from dsv4_kernels.unpack.gpu import columns, met, multiplied, unpacked
 
 FEW = 8  # tokens that still meet their weights without tensor cores
-_VALUES = 1024  # of a tile of weights while tokens are few: eight per thread
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -46,7 +46,7 @@ def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
     kinds = tuple(_kind(found, tokens) for found in known)
     _several[(sum(triton.cdiv(found.rows, kind[3]) for found, kind in zip(known, kinds, strict=True)),)](
         x, tuple((w.data, w.apart, to, w.rows, w.subs, w.row_bytes, w.apart_cols) for w, to in zip(known, out, strict=True)),
-        tokens, x.shape[-1], KINDS=kinds, TOKENS=padded(tokens))
+        tokens, x.shape[-1], KINDS=kinds, TOKENS=padded(tokens), **options(tuned("linear.several", x.device)))
     return out
 
 
@@ -72,26 +72,24 @@ def embed(ids: Tensor, table: Weight) -> Tensor:
     return out
 
 
-def few_tile(layout: Layout, tokens: int, subs: int, rows: int) -> tuple[int, int]:
+def few_tile(layout: Layout, tokens: int, subs: int, rows: int, sizes: Sizes) -> tuple[int, int]:
     """(rows, subs) of a program for few tokens: whole rows of threads where there are so many columns, fewer rows for more
     tokens, whose sums take registers too, and for small matrices, so that every processor of the card has a program."""
-    subs = padded(min(subs, 256 // layout.lanes))
-    if INTERPRETED:  # where one program runs after the other
-        return 64 // padded(tokens), subs
-    most = 2 if tokens > 4 or rows < 1024 else 4
-    return max(1, min(most, _VALUES // (subs * layout.lanes))), subs
+    most = sizes["rows"]
+    return max(1, most // 2 if tokens > 4 or rows < 1024 else most), padded(min(subs, sizes["lanes"] // layout.lanes))
 
 
 def _kind(w: Matrix, tokens: int) -> tuple[str, int, int, int, int]:
     """What `_several` has to know of a matrix when it is compiled: format, fields, lanes, and the tile of a program."""
-    return (w.format, *w.layout, *few_tile(w.layout, tokens, w.subs, w.rows))
+    return (w.format, *w.layout, *few_tile(w.layout, tokens, w.subs, w.rows, tuned("linear.several", w.data.device, w.format)))
 
 
-def many_tile(w: Layout, tokens: int, exact: bool) -> tuple[int, int, int]:
+def many_tile(w: Layout, tokens: int, exact: bool, sizes: Sizes) -> tuple[int, int, int]:
     """(tokens, rows, subs) of a program for many tokens. All fields of a tile are unpacked before its first one is done with, so
     formats of several fields have narrower tiles, or their registers would spill; so have float32 products."""
-    most, wide = (32, 32) if exact else (64, 64 if w.fields == 1 else 32)
-    return min(most, padded(tokens, 16)), most, wide // w.lanes
+    if exact:
+        return min(32, padded(tokens, 16)), 32, 32 // w.lanes
+    return min(sizes["tokens"], padded(tokens, 16)), sizes["rows"], sizes["columns"] // (1 if w.fields == 1 else 2) // w.lanes
 
 
 def _multiply(x: Tensor, w: Matrix, groups: int, out: Tensor) -> None:
@@ -99,14 +97,16 @@ def _multiply(x: Tensor, w: Matrix, groups: int, out: Tensor) -> None:
     sizes = (tokens, rows, w.subs, w.cols, w.row_bytes, w.apart_cols)
     layout = w.layout
     if tokens <= FEW:
-        own, subs = few_tile(layout, tokens, w.subs, rows)
+        found = tuned("linear.few", x.device, w.format)
+        own, subs = few_tile(layout, tokens, w.subs, rows, found)
         _few[(triton.cdiv(rows, own), groups)](x, w.data, w.apart, out, *sizes, FORMAT=w.format, FIELDS=layout.fields,
-                                               LANES=layout.lanes, TOKENS=padded(tokens), ROWS=own, SUBS=subs)
+                                               LANES=layout.lanes, TOKENS=padded(tokens), ROWS=own, SUBS=subs, **options(found))
         return
-    m, n, subs = many_tile(layout, tokens, w.exact)
+    found = tuned("linear.many", x.device, w.format)
+    m, n, subs = many_tile(layout, tokens, w.exact, found)
     _many[(triton.cdiv(tokens, m), triton.cdiv(rows, n), groups)](
         x, w.data, w.apart, out, *sizes, FORMAT=w.format, FIELDS=layout.fields, LANES=layout.lanes, M=m, N=n, SUBS=subs,
-        EXACT=w.exact, DOT=DOT)
+        EXACT=w.exact, DOT=DOT, **options(found))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -197,10 +197,10 @@ def _cases() -> tuple[Case, ...]:
         layout = LAYOUTS[name]
         about = {"FORMAT": name, "FIELDS": layout.fields, "LANES": layout.lanes}
         for tokens in (1, 8) if name == "q8_0" else (1,):
-            rows, subs = few_tile(layout, tokens, 128, 4096)
+            rows, subs = few_tile(layout, tokens, 128, 4096, default("linear.few"))
             found.append(Case(_few, f"*fp32 *u8 *u8 *fp32 {sizes}", {**about, "TOKENS": tokens, "ROWS": rows, "SUBS": subs}))
         exact = name == "f32"
-        m, n, subs = many_tile(layout, 512, exact)
+        m, n, subs = many_tile(layout, 512, exact, default("linear.many"))
         found.append(Case(_many, f"*fp32 *u8 *u8 *fp32 {sizes}",
                           {**about, "M": m, "N": n, "SUBS": subs, "EXACT": exact, "DOT": DOT}))
     found += [_together(1, "q8_0", "q8_0", "f16", "f16"), _together(8, "q8_0", "f32"), _together(1, "fp8_e4m3", "f32")]
@@ -211,7 +211,7 @@ def _cases() -> tuple[Case, ...]:
 
 def _together(tokens: int, *formats: str) -> Case:
     layouts = [LAYOUTS[name] for name in formats]
-    kinds = tuple((name, *layout, *few_tile(layout, tokens, 4096 // layout.columns, 1024))
+    kinds = tuple((name, *layout, *few_tile(layout, tokens, 4096 // layout.columns, 1024, default("linear.several")))
                   for name, layout in zip(formats, layouts, strict=True))
     one = "(*u8 *u8 *fp32 i32:16 i32:16 i32:16 i32)"
     return Case(_several, f"*fp32 ({' '.join([one] * len(kinds))}) i32 i32:16", {"KINDS": kinds, "TOKENS": padded(tokens)})

@@ -24,6 +24,7 @@ from dsv4_kernels.ahead import Case
 from dsv4_kernels.gpu import DOT, Block, Pointer, dense, padded
 from dsv4_kernels.linear.gpu import FEW, few_tile, many_tile
 from dsv4_kernels.moe import Expert, Experts, ref
+from dsv4_kernels.tuned import default, options, tuned
 from dsv4_kernels.unpack import LAYOUTS, Matrix, matrix
 from dsv4_kernels.unpack.gpu import columns, met, multiplied, unpacked
 
@@ -115,34 +116,38 @@ def _experts(x: Tensor, shares: Tensor, chosen: Tensor, bank: Bank, limit: float
 def _few(x: Tensor, shares: Tensor, chosen: Tensor, bank: Bank, limit: float, out: Tensor, add: bool) -> None:
     (tokens, slots), gate, down = chosen.shape, bank.gate, bank.down
     hidden = alloc.empty((tokens * slots, gate.rows), float32, x.device)
-    rows, subs = few_tile(gate.layout, 1, gate.subs, gate.rows)
+    sizes = tuned("moe.hidden_few", x.device, gate.format)
+    rows, subs = few_tile(gate.layout, 1, gate.subs, gate.rows, sizes)
     _hidden_few[(triton.cdiv(gate.rows, rows), tokens * slots)](
         x, shares, chosen, bank.offsets, gate.data, gate.apart, bank.up.data, bank.up.apart, hidden, slots, bank.experts,
         *_sizes(gate), limit, FORMAT=gate.format, FIELDS=gate.layout.fields, LANES=gate.layout.lanes, UNIT=bank.unit,
-        ROWS=rows, SUBS=subs)
-    rows, subs = few_tile(down.layout, 1, down.subs, down.rows)
+        ROWS=rows, SUBS=subs, **options(sizes))
+    sizes = tuned("moe.down_few", x.device, down.format)
+    rows, subs = few_tile(down.layout, 1, down.subs, down.rows, sizes)
     _down_few[(triton.cdiv(down.rows, rows), tokens)](
         hidden, chosen, bank.offsets, down.data, down.apart, out, slots, bank.experts, *_sizes(down), FORMAT=down.format,
-        FIELDS=down.layout.fields, LANES=down.layout.lanes, UNIT=bank.unit, ROWS=rows, SUBS=subs, ADD=add)
+        FIELDS=down.layout.fields, LANES=down.layout.lanes, UNIT=bank.unit, ROWS=rows, SUBS=subs, ADD=add, **options(sizes))
 
 
 def _many(x: Tensor, shares: Tensor, chosen: Tensor, bank: Bank, limit: float, out: Tensor, add: bool) -> None:
     (tokens, slots), gate, down, d = chosen.shape, bank.gate, bank.down, x.shape[1]
     pairs = tokens * slots
-    most = min(many_tile(part.layout, 1 + pairs // bank.experts, part.exact)[0] for part in (gate, down))
+    towards, back = tuned("moe.hidden_many", x.device, gate.format), tuned("moe.down_many", x.device, down.format)
+    most = min(many_tile(part.layout, 1 + pairs // bank.experts, part.exact, sizes)[0]
+               for part, sizes in ((gate, towards), (down, back)))
     order, ends, owners, starts = sorted_by_expert(chosen, bank.experts, most)
     hidden = alloc.empty((pairs, gate.rows), float32, x.device)
-    _, n, subs = many_tile(gate.layout, most, gate.exact)
+    _, n, subs = many_tile(gate.layout, most, gate.exact, towards)
     _hidden_many[(len(owners), triton.cdiv(gate.rows, n // 2))](
         x, shares, order, ends, owners, starts, bank.offsets, gate.data, gate.apart, bank.up.data, bank.up.apart, hidden, slots,
         bank.experts, *_sizes(gate), limit, FORMAT=gate.format, FIELDS=gate.layout.fields, LANES=gate.layout.lanes,
-        UNIT=bank.unit, M=most, N=n // 2, SUBS=subs, EXACT=gate.exact, DOT=DOT)
+        UNIT=bank.unit, M=most, N=n // 2, SUBS=subs, EXACT=gate.exact, DOT=DOT, **options(towards))
     parts = alloc.empty((pairs, d), float32, x.device)
-    _, n, subs = many_tile(down.layout, most, down.exact)
+    _, n, subs = many_tile(down.layout, most, down.exact, back)
     _down_many[(len(owners), triton.cdiv(d, n))](
         hidden, order, ends, owners, starts, bank.offsets, down.data, down.apart, parts, bank.experts, *_sizes(down),
         FORMAT=down.format, FIELDS=down.layout.fields, LANES=down.layout.lanes, UNIT=bank.unit, M=most, N=n, SUBS=subs,
-        EXACT=down.exact, DOT=DOT)
+        EXACT=down.exact, DOT=DOT, **options(back))
     _combine[(tokens, triton.cdiv(d, 1024))](parts, out, slots, d, ADD=add, COLS=min(1024, padded(d)))
 
 
@@ -306,12 +311,12 @@ def _cases() -> tuple[Case, ...]:
     for name in ("mxfp4", "fp4", "q4_k", "q2_k", "iq2_xxs"):
         layout, apart = LAYOUTS[name], {"iq2_xxs": "*i32"}.get(name, "*u8")
         about = {"FORMAT": name, "FIELDS": layout.fields, "LANES": layout.lanes, "UNIT": 16}
-        rows, subs = few_tile(layout, 1, 64, 2048)
+        rows, subs = few_tile(layout, 1, 64, 2048, default("moe.hidden_few"))
         pair = f"*u8 {apart} *u8 {apart}"
         found.append(Case(_hidden_few, f"*fp32 *fp32 *i64 *i64 {pair} *fp32 {sizes} fp32", {**about, "ROWS": rows, "SUBS": subs}))
         found.append(Case(_down_few, f"*fp32 *i64 *i64 *u8 {apart} *fp32 {sizes}",
                           {**about, "ROWS": rows, "SUBS": subs, "ADD": True}))
-        m, n, subs = many_tile(layout, 512, False)
+        m, n, subs = many_tile(layout, 512, False, default("moe.hidden_many"))
         dots = {"SUBS": subs, "EXACT": False, "DOT": DOT}
         found.append(Case(_hidden_many, f"*fp32 *fp32 *i64 *i64 *i64 *i64 *i64 {pair} *fp32 {sizes} fp32",
                           {**about, "M": m, "N": n // 2, **dots}))
