@@ -31,7 +31,11 @@ Rows: TypeAlias = dict[str, dict[str, dict[str, int]]]  # architecture -> kernel
 
 
 def read(path: Path = TABLE) -> Rows:
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+    return parsed(path.read_text(encoding="utf-8"))
+
+
+def parsed(text: str) -> Rows:
+    return tomllib.loads(text)
 
 
 @cache
