@@ -10,6 +10,7 @@ from dsv4cli import console, paths, settings
 from dsv4cli.commands.arguments import Json
 
 Section = dict[str, Any]
+DEVICES = ("cpu", "cuda")  # torch calls AMD's cards cuda too
 
 
 def doctor(
@@ -41,7 +42,10 @@ def doctor(
         return
     for title, section in sections.items():
         print(console.bold(title))
-        console.pairs([(name, _in_words(value)) for name, value in section.items()], indent="  ")
+        if title == "backends":
+            show_backends(section)
+        else:
+            console.pairs([(name, _in_words(value)) for name, value in section.items()], indent="  ")
         print()
 
 
@@ -70,22 +74,41 @@ def cpu_kernels() -> Section:
 
 
 def backends() -> Section:
-    """Per operation and kind of device: which implementation runs, and why."""
-    import torch
-
+    """Per operation and kind of device: which implementation runs, and why; None where no model can run on that device."""
     from dsv4_kernels import backends as kernels
+    from dsv4cli.engine.device import card_trouble
 
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    return {f"{op} on {device}": {"backend": choice.name, "reason": choice.reason}
-            for device in devices for op in kernels.OPERATIONS for choice in [kernels.pick(op, device)]}
+    troubles = {"cpu": None, "cuda": card_trouble()}
+
+    def chosen(op: str, device: str) -> Section:
+        if (trouble := troubles[device]) is not None:
+            return {"backend": None, "reason": trouble}
+        choice = kernels.pick(op, device)
+        return {"backend": choice.name, "reason": choice.reason}
+
+    return {f"{op} on {device}": chosen(op, device) for device in DEVICES for op in kernels.OPERATIONS}
+
+
+def show_backends(section: Section) -> None:
+    """A row per operation, a column per device; a reason where what runs was not written for the device, once for each device
+    whose reasons are all alike."""
+    operations = list(dict.fromkeys(name.partition(" on ")[0] for name in section))
+    reasons = {device: {op: section[f"{op} on {device}"]["reason"] for op in operations
+                        if section[f"{op} on {device}"]["backend"] in (None, "ref")} for device in DEVICES}
+    shared = {device: next(iter(known.values())) for device, known in reasons.items()
+              if len(known) == len(operations) and len(set(known.values())) == 1}
+    rows = [(op, *(section[f"{op} on {device}"]["backend"] or "-" for device in DEVICES),
+             "; ".join(f"{device}: {known[op]}" for device, known in reasons.items() if op in known and device not in shared))
+            for op in operations]
+    console.table(("operation", *(f"on {device}" for device in DEVICES), ""), rows, indent="  ")
+    for device, reason in shared.items():
+        print(f"  {device}: {reason}")
 
 
 def _in_words(value: Any) -> str:
     match value:
         case {"value": found, "origin": origin}:
             return f"{'not set' if found is None else _word(found)}  ({origin})"
-        case {"backend": name, "reason": reason}:
-            return f"{name}: {reason}"
         case {"path": path, "free": free}:
             return f"{path}  ({console.in_bytes(free)} free)"
         case {"bytes_s": rate}:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from dsv4_kernels import backends
 from dsv4cli import paths
 from dsv4cli.commands import doctor, machine
 from dsv4cli.console import in_bytes
-from dsv4cli.engine import measuring
+from dsv4cli.engine import device, measuring
+from dsv4cli.engine.device import card_trouble
 from dsv4cli.engine.machine import load
 from tests.support.program import Outcome, environment
 from tests.support.synth import Checkpoint, Shape
@@ -162,8 +164,26 @@ def test_doctor_is_readable(run_dsv4: Run) -> None:
     shown = run_dsv4("doctor")
     assert shown.code == 0
     assert "  temp            not set  (default)" in shown.out
-    assert "moe on cpu        " in shown.out
+    assert "  moe          cpu      -" in shown.out
+    assert f"  cuda: {card_trouble()}" in shown.out
     assert "\x1b" not in shown.out
+
+
+def test_doctor_tells_of_each_operation_on_each_device(run_dsv4: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a card that has kernels for all operations but one."""
+    told = json.loads(run_dsv4("doctor", "--json").out)["backends"]
+    assert told["moe on cuda"] == {"backend": None, "reason": card_trouble()}
+    monkeypatch.setattr(device, "card_trouble", lambda: None)
+    exists = backends._exists
+    monkeypatch.setattr(backends, "_exists", lambda op, name: exists(op, name) and (op, name) != ("router", "gpu"))
+    backends.pick.cache_clear()
+    told = json.loads(run_dsv4("doctor", "--json").out)["backends"]
+    assert told["moe on cuda"] == {"backend": "gpu", "reason": "gpu is written for cuda"}
+    assert told["router on cuda"]["backend"] == "ref"
+    shown = run_dsv4("doctor").out
+    assert "  moe          cpu      gpu\n" in shown
+    assert "  router       cpu      ref       cuda: router has no implementation of its own for cuda\n" in shown
+    backends.pick.cache_clear()
 
 
 def test_doctor_survives_a_machine_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
