@@ -57,11 +57,13 @@ def gpu() -> dict[str, Any]:
 
 
 def card() -> str:
-    """Whether --device auto and cuda can use a card, or why not."""
-    from dsv4cli.engine.device import card_trouble
+    """Whether a card can be used, by whom, or why not."""
+    from dsv4cli.engine.device import PROVEN, card_trouble
 
     trouble = card_trouble()
-    return "yes, those that fit into its memory" if trouble is None else f"no: {trouble}"
+    if trouble is not None:
+        return f"no: {trouble}"
+    return "yes, those that fit into its memory" + ("" if PROVEN else ", with --device cuda")
 
 
 def measured() -> dict[str, Any]:

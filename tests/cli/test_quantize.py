@@ -231,7 +231,7 @@ def test_no_sizes(text: str) -> None:
 def test_a_real_ctrl_c_while_it_works(source: Path, tmp_path: Path) -> None:
     """The signal reaches the process in the middle of its work; the same command then finishes."""
     slow = ("import time; from dsv4_quant import quantize, convert; one = convert.encode_piece\n"
-            "def late(*a): time.sleep(0.02); return one(*a)\n"
+            "def late(*a): time.sleep(0.1); return one(*a)\n"
             "convert.encode_piece = late; from dsv4cli import cli; cli.main()")
     command = [sys.executable, "-c", slow, "quantize", str(source), "-o", "out.gguf", "--recipe", "mxfp4"]
     child = subprocess.Popen(command, cwd=tmp_path, env=environment(OMP_NUM_THREADS="1"), stderr=subprocess.PIPE,
