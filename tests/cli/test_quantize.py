@@ -230,8 +230,9 @@ def test_no_sizes(text: str) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals of that kind")
 def test_a_real_ctrl_c_while_it_works(source: Path, tmp_path: Path) -> None:
     """The signal reaches the process in the middle of its work; the same command then finishes."""
-    slow = ("import time; from dsv4_quant import quantize, convert; one = convert.encode_piece\n"
-            "def late(*a): time.sleep(0.1); return one(*a)\n"
+    slow = ("import signal, time; from dsv4_quant import quantize, convert; one = convert.encode_piece\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in whatever a shell starts in the background
+            "def late(*a): time.sleep(0.02); return one(*a)\n"
             "convert.encode_piece = late; from dsv4cli import cli; cli.main()")
     command = [sys.executable, "-c", slow, "quantize", str(source), "-o", "out.gguf", "--recipe", "mxfp4"]
     child = subprocess.Popen(command, cwd=tmp_path, env=environment(OMP_NUM_THREADS="1"), stderr=subprocess.PIPE,
