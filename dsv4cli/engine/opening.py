@@ -7,6 +7,7 @@ import json
 
 from dsv4_kernels import backends
 from dsv4_quant.files import Source
+from dsv4_quant.files.mapping import advised_at_once
 from dsv4cli.encoding.tokenizer import Tokenizer
 from dsv4cli.engine.device import Place, free_on_card, settle
 from dsv4cli.engine.memory import LOADED_LATER, MemoryPlan, available_memory, plan_model, resident_bytes
@@ -35,6 +36,12 @@ def place_of(source: Source, name: str, ctx: int | None, numerics: str, device: 
                           program=program + LOADED_LATER, decodes=backends.cpu_trouble() is not None)
 
     return settle(name, device, _formats(source), plan_for)
+
+
+def read_ahead(source: Source, plan: MemoryPlan) -> None:
+    """Has experts read ahead from now on if not all of them fit into memory. (Where they do, asking costs more than it gains.)"""
+    if plan.on_disk:
+        backends.ask_ahead(min(advised_at_once(file) for file in source.header.files()))
 
 
 def _formats(source: Source) -> set[str]:
