@@ -2,8 +2,8 @@
 
 Weights stay in the mapped file and are read through the page cache. They are counted all the same, as far as they are read:
 what does not fit is read from the disk again whenever it is needed. Of routed experts a token needs few, so a model runs as
-long as everything else fits; other weights would be read again for every token. What a program may use is the smallest
-of what the system has available and what the control groups around the process leave. Nothing here needs torch.
+long as everything else fits; other weights would be read again for every token. What a program may use is the smallest of
+what the system has available and what the control groups around the process and its own limits leave. No torch here.
 """
 
 from __future__ import annotations
@@ -87,6 +87,10 @@ class MemoryPlan:
     def parts(self) -> str:
         return ", ".join(f"{what} {in_bytes(size)}" for what, size in self.sizes().items() if size)
 
+    def swaps(self, swapped: int) -> bool:
+        """Whether so many bytes of others, read back from swap, would leave less than this needs."""
+        return self.available is not None and swapped > 0 and self.least + swapped > self.available
+
     def experts_told(self) -> str:
         """Where the routed experts will be, in words; "" where all of them fit into memory."""
         if not self.on_disk:
@@ -162,10 +166,23 @@ def _scratch_bytes(config: ModelConfig, decodes: bool) -> int:
 
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes this process may still use, None where nobody tells. Tests put another system at `root`."""
-    known = [size for size in (_from_meminfo(root), *_from_cgroups(root)) if size is not None]
+    limits = _from_limits() if root == Path("/") else []
+    known = [size for size in (_from_meminfo(root), *_from_cgroups(root), *limits) if size is not None]
     if not known and root == Path("/"):
         known = _from_sysconf()
     return min(known, default=None)
+
+
+def address_space() -> int | None:
+    """Bytes that this process may still map (ulimit -v), None for no limit. Files count whole, read or not."""
+    return _left_of("RLIMIT_AS", "VmSize")
+
+
+def swapped_bytes(root: Path = Path("/")) -> int:
+    """What the system has put into swap, 0 where it does not tell. Whoever needs it back takes memory from the others."""
+    found = dict(line.split(":", 1) for line in _text(root / "proc/meminfo").splitlines())
+    total, free = (int(found.get(name, "0").split()[0]) for name in ("SwapTotal", "SwapFree"))
+    return (total - free) * 1024
 
 
 def resident_bytes() -> int:
@@ -211,6 +228,23 @@ def _left(folder: Path, limit: str, usage: str, prefix: str) -> int | None:
     # The page cache gives way, weights in it too: those that another program maps, or that this one left there yesterday.
     cache = sum(int(counters.get(f"{prefix}{half}_file", 0)) for half in ("inactive", "active"))
     return max(0, int(most) - used + cache)
+
+
+def _from_limits() -> list[int | None]:
+    """What the limits of this process leave: of addresses, and of memory that is no file's (ulimit -v and -d)."""
+    return [address_space(), _left_of("RLIMIT_DATA", "VmData")]
+
+
+def _left_of(limit: str, counter: str) -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most, _ = resource.getrlimit(getattr(resource, limit))
+    if most == resource.RLIM_INFINITY:
+        return None
+    used = next((line.split()[1] for line in _text(Path("/proc/self/status")).splitlines() if line.startswith(counter)), "0")
+    return max(0, most - int(used) * 1024)
 
 
 def _from_sysconf() -> list[int]:

@@ -20,6 +20,7 @@ from dsv4cli.engine.memory import (
     in_bytes,
     plan_model,
     resident_bytes,
+    swapped_bytes,
 )
 from dsv4cli.errors import CapacityError, UsageError
 from dsv4cli.model.numerics import numerics_named
@@ -200,6 +201,28 @@ def test_groups_of_version_1(tmp_path: Path) -> None:
         "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
     })
     assert available_memory(root) == 150_000
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_limits_of_the_process(limit: str) -> None:
+    code = ("import resource, sys\nfrom dsv4cli.engine.memory import address_space, available_memory\n"
+            f"resource.setrlimit(resource.{limit}, (10**9, resource.RLIM_INFINITY))\n"
+            "print(available_memory(), address_space())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={"PYTHONPATH": ":".join(sys.path)})
+    left, addresses = done.stdout.split()
+    assert 500_000_000 < int(left) < 10**9
+    assert addresses == (left if limit == "RLIMIT_AS" else "None")
+
+
+def test_swap_counts_against_what_is_free(tmp_path: Path) -> None:
+    assert swapped_bytes(tmp_path) == 0
+    told = MEMINFO + "SwapTotal:     1000 kB\nSwapFree:       400 kB\n"
+    assert swapped_bytes(system(tmp_path, {"proc/meminfo": told})) == 600 * 1024
+    made = MemoryPlan(1, program=1, vocabulary=0, weights=80, expanded=0, state=0, snapshots=0, scratch=0, available=100,
+                      experts=50, busy=10)
+    assert (made.least, made.swaps(59), made.swaps(60), made.swaps(0)) == (41, False, True, False)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
