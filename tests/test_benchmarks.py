@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from dsv4_quant.files.headers import read_header
+from dsv4cli.engine.memory import plan_model
 from dsv4cli.engine.placement import Load, Placement
 from tests.support.program import ROOT, environment
+from tests.support.synth import Checkpoint, Shape
 
 
 def first_token(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -129,3 +131,23 @@ def test_the_placement_bound_loses_the_policies_time_in_layers() -> None:
     assert lost == pytest.approx(4 * module.LAYER_S)
     assert 0.8 * rates["placement bound"] < rates["hot"] < rates["split bound"] < rates["clairvoyant"]
     assert max(rates["LRU"], rates["first layers"]) < rates["hot"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="control groups are Linux's")
+def test_a_model_larger_than_its_memory(tmp_path: Path) -> None:
+    """Under a real limit: the same bits, experts read ahead, and nobody is killed."""
+    shape = Shape(ratios=(0, 4, 128), hidden=1024, width=512, experts=192, chosen=6, q_rank=128)
+    model = Checkpoint(shape, seed=2).write(tmp_path / "large")
+    whole = plan_model(read_header(model), "large", ctx=24, numerics="official", available=None)
+    assert whole.experts > 0.25 * whole.needed  # else it would fit beside the program
+    command = [sys.executable, str(ROOT / "benchmarks/larger_than_ram.py"), str(model), "--limit",
+               str(whole.least + whole.experts // 3), "--tokens", "16", "--prompt", "8", "--settings", "no limit;limit",
+               "--out", str(tmp_path / "runs.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    if done.returncode == 3:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    free, bound = csv.DictReader((tmp_path / "runs.csv").read_text().splitlines())
+    assert float(free["planned_on_disk_gb"]) == 0 < float(bound["planned_on_disk_gb"])
+    assert (free["digest"], bound["killed"]) == (bound["digest"], "0")
+    assert 1e9 * float(bound["peak_gb"]) <= whole.least + whole.experts // 3

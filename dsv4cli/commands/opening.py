@@ -13,6 +13,7 @@ from dsv4cli.settings import Settings
 
 if TYPE_CHECKING:
     from dsv4cli.engine import Engine
+    from dsv4cli.engine.memory import MemoryPlan
 
 
 def open_engine(model: str, chosen: Settings) -> Engine:
@@ -26,7 +27,23 @@ def open_engine(model: str, chosen: Settings) -> Engine:
     with console.working(f"opening {entry.name}…", chosen["quiet"]):
         from dsv4cli.engine import Engine
 
-        return Engine.open(model, **chosen.chosen(*OPENING))
+        engine = Engine.open(model, **chosen.chosen(*OPENING))
+    if not chosen["quiet"]:
+        for line in warnings(engine.name, engine.plan):
+            console.note(line)
+    return engine
+
+
+def warnings(name: str, plan: MemoryPlan) -> list[str]:
+    """What will make a model slow here, a sentence each; mostly nothing."""
+    from dsv4cli.engine.memory import swapped_bytes
+
+    told = []
+    if plan.on_disk:
+        told.append(f"{name} is larger than the {console.in_bytes(plan.available or 0)} of memory here; {plan.experts_told()}.")
+    if plan.swaps(swapped := swapped_bytes()):
+        told.append(f"{console.in_bytes(swapped)} of programs are in swap; when they are needed again, memory will be short.")
+    return told
 
 
 def prepare_kernels(quiet: bool) -> None:
@@ -52,6 +69,7 @@ def facts(engine: Engine) -> list[tuple[str, str]]:
         ("release", engine.release),
         ("context", f"{plan.context:,} tokens"),
         ("memory", f"{console.in_bytes(plan.needed)}{available}"),
+        *([("experts", plan.experts_told().removeprefix("experts "))] if plan.on_disk else []),
         ("numerics", engine.numerics),
         ("backend", backends(engine)),
     ]

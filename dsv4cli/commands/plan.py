@@ -31,7 +31,8 @@ def plan(
     """Show what a model will need, by purpose, and whether that fits.
 
     `run` and `chat` make the same plan before they load anything. Weights are read through the system's cache: what is
-    counted for them is what has to stay there for decoding at full speed. Leaves with 3 when the plan does not fit.
+    counted for them is what has to stay there for decoding at full speed. A model whose routed experts do not fit runs
+    from the disk, slower; leaves with 3 when not even the rest fits.
     """
     entry = catalog.resolve(model)
     from dsv4_quant.files.headers import read_header
@@ -42,17 +43,19 @@ def plan(
     numerics = chosen["numerics"] or "official"
     made = plan_model(header, entry.name, ctx=chosen["ctx"], numerics=numerics, available=available)
     if json:
-        console.print_json({"name": entry.name, "numerics": numerics, **asdict(made), "needed": made.needed, "fits": made.fits})
+        console.print_json({"name": entry.name, "numerics": numerics, **asdict(made), "needed": made.needed, "fits": made.fits,
+                            "least": made.least, "runs": made.runs, "on_disk": made.on_disk})
     else:
         console.table(("PURPOSE", "SIZE", "WHERE"), rows(made), right=[1])
-    if not made.fits:
-        raise CapacityError(f"{entry.name} does not fit: it needs {console.in_bytes(made.needed)}, and "
+    if not made.runs:
+        raise CapacityError(f"{entry.name} does not fit: it needs {console.in_bytes(made.least)}, and "
                             f"{console.in_bytes(made.available or 0)} are available.", advice(header, made, numerics))
 
 
 def rows(made: MemoryPlan) -> list[tuple[str, str, str]]:
     """Purpose, size and place of every part, their sum, and what there is."""
-    parts = [(purpose, console.in_bytes(size), "mapped file" if purpose == "weights" else "memory")
+    where = {"weights": "mapped file", "routed experts": made.experts_told() or "mapped file"}
+    parts = [(purpose, console.in_bytes(size), where.get(purpose, "memory"))
              for purpose, size in made.sizes().items() if size]
     free = [] if made.available is None else [("available", console.in_bytes(made.available), "")]
     return [*parts, ("needed", console.in_bytes(made.needed), ""), *free]
@@ -64,8 +67,8 @@ def advice(header: Header, made: MemoryPlan, numerics: str) -> str:
 
     tokens = made.context // 2
     while tokens >= SMALLEST_CONTEXT:
-        if plan_model(header, "", ctx=tokens, numerics=numerics, available=made.available).fits:
+        if plan_model(header, "", ctx=tokens, numerics=numerics, available=made.available).runs:
             return f"--ctx {tokens} would fit."
         tokens //= 2
-    over: Any = made.needed - (made.available or 0)
+    over: Any = made.least - (made.available or 0)
     return f"No context is short enough: {console.in_bytes(over)} have to go. Choose a smaller quantisation, or more memory."

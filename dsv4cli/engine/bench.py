@@ -76,6 +76,7 @@ def measure(name: str, plan: Plan, *, numerics: str = "official", device: str = 
                          "Choose a smaller --depth.")
     place = opening.place_of(source, entry.name, plan.longest, numerics, device)
     use_threads(threads, place.plan)
+    opening.read_ahead(source, place.plan)
     model = Model.bind(source, numerics=numerics, device=place.device)
     for number, depth in enumerate(plan.depths):
         if report:

@@ -48,6 +48,7 @@ class Engine(Loaded):
         source = open_source(entry.located())
         place = opening.place_of(source, entry.name, ctx, numerics, device)
         use_threads(threads, place.plan)
+        opening.read_ahead(source, place.plan)
         model_there = Model.bind(source, numerics=numerics, device=place.device)
         return cls(entry.name, model_there, opening.tokenizer_of(source, entry.name),
                    release_of(entry, source.metadata, release), place.plan, opening.fingerprint_of(source, numerics),

@@ -1,8 +1,9 @@
 """The memory plan: what a model will need, what this machine has, and a refusal before the first byte is loaded.
 
 Weights stay in the mapped file and are read through the page cache. They are counted all the same, as far as they are read:
-a model whose weights do not fit would read them from the disk again for every token. What a program may use is the smallest
-of what the system has available and what the control groups around the process leave. Nothing here needs torch.
+what does not fit is read from the disk again whenever it is needed. Of routed experts a token needs few, so a model runs as
+long as everything else fits; other weights would be read again for every token. What a program may use is the smallest of
+what the system has available and what the control groups around the process and its own limits leave. No torch here.
 """
 
 from __future__ import annotations
@@ -40,37 +41,69 @@ class MemoryPlan:
     snapshots: int  # the most that a session may keep to go back to
     scratch: int  # the largest temporary tensors of a prompt chunk
     available: int | None
+    experts: int = 0  # of the weights: routed experts that may stay on the disk
+    busy: int = 0  # of those: what one layer reads for a token, which has to be in memory
 
     @property
     def needed(self) -> int:
+        """With all weights in memory."""
         return sum(self.sizes().values())
 
     @property
+    def least(self) -> int:
+        """With every routed expert on the disk, but those that are being computed."""
+        return self.needed - self.experts + self.busy
+
+    @property
     def fits(self) -> bool:
+        """Whether all weights stay in memory."""
         return self.available is None or self.needed <= self.available
 
+    @property
+    def runs(self) -> bool:
+        """Whether the model can be run, if need be with experts on the disk."""
+        return self.available is None or self.least <= self.available
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes of routed experts for which there is no memory."""
+        return 0 if self.available is None else min(self.experts, max(0, self.needed - self.available))
+
     def demand_fit(self, name: str) -> None:
-        """Raises CapacityError with both numbers if the plan asks for more than there is."""
-        if not self.fits:
+        """Raises CapacityError with both numbers if not even experts on the disk would leave room for the rest."""
+        if not self.runs:
+            without = f", {in_bytes(self.experts)} of experts left on the disk," if self.experts else ""
             raise CapacityError(
-                f"{name} needs {in_bytes(self.needed)} of memory ({self.parts()}), "
+                f"{name} needs {in_bytes(self.least)} of memory{without} ({self.parts()}), "
                 f"but only {in_bytes(self.available or 0)} are available.",
                 "Choose a smaller --ctx, a smaller quantisation, or a machine with more memory.")
 
     def sizes(self) -> dict[str, int]:
         """Bytes by what they are for, in words."""
-        return {"program": self.program, "tokenizer": self.vocabulary, "weights": self.weights,
-                "expanded weights": self.expanded, f"state for {self.context} tokens": self.state,
+        return {"program": self.program, "tokenizer": self.vocabulary, "weights": self.weights - self.experts,
+                "routed experts": self.experts, "expanded weights": self.expanded, f"state for {self.context} tokens": self.state,
                 "snapshots": self.snapshots, "scratch": self.scratch}
 
     def parts(self) -> str:
         return ", ".join(f"{what} {in_bytes(size)}" for what, size in self.sizes().items() if size)
 
+    def swaps(self, swapped: int) -> bool:
+        """Whether so many bytes of others, read back from swap, would leave less than this needs."""
+        return self.available is not None and swapped > 0 and self.least + swapped > self.available
+
+    def experts_told(self) -> str:
+        """Where the routed experts will be, in words; "" where all of them fit into memory."""
+        if not self.on_disk:
+            return ""
+        kept = in_bytes(self.experts - self.on_disk)
+        return f"experts in RAM: {kept} of {in_bytes(self.experts)}, the rest is read from the disk"
+
 
 def plan_model(header: Header, name: str, *, ctx: int | None, numerics: str, available: int | None,
                program: int = PROGRAM, decodes: bool = False, on_card: bool = False) -> MemoryPlan:
-    """The plan for `ctx` tokens, or, with ctx None, for the longest default that fits (halving from DEFAULT_CONTEXT; the
-    smallest where none fits). Nobody is refused here: see MemoryPlan.demand_fit.
+    """The plan for `ctx` tokens, or, with ctx None, for the longest default that fits (halving from DEFAULT_CONTEXT): with all
+    weights in memory, else with experts on the disk; the smallest where neither fits. Nobody is refused here: see
+    MemoryPlan.demand_fit.
 
     program: bytes that the program holds before it opens a model. decodes: there are no kernels for packed weights, so
     that a matrix has to be decoded for each product. on_card: weights are copied there whole, expanded ones instead of the
@@ -89,13 +122,15 @@ def plan_model(header: Header, name: str, *, ctx: int | None, numerics: str, ava
         state = sizes.state_bytes(config, tokens, numerics)
         if on_card:
             return MemoryPlan(tokens, program, 0, 0 if expanded else weights.whole, expanded, state, state, scratch, available)
+        experts = 0 if expanded else weights.experts  # expanded ones lie in memory, whatever becomes of the file's
+        busy = experts * config.num_experts_per_tok // (config.n_routed_experts * config.num_hidden_layers)
         return MemoryPlan(tokens, program, TOKEN_BYTES * config.vocab_size, weights.read_by(tokens), expanded, state, state,
-                          scratch, available)
+                          scratch, available, experts, busy)
 
-    chosen = plan(ctx or min(DEFAULT_CONTEXT, longest))
-    while ctx is None and not chosen.fits and chosen.context // 2 >= SMALLEST_CONTEXT:
-        chosen = plan(chosen.context // 2)
-    return chosen
+    plans = [plan(ctx or min(DEFAULT_CONTEXT, longest))]
+    while ctx is None and not plans[-1].fits and plans[-1].context // 2 >= SMALLEST_CONTEXT:
+        plans.append(plan(plans[-1].context // 2))
+    return next((made for made in plans if made.fits), None) or next((made for made in plans if made.runs), plans[-1])
 
 
 @dataclass(frozen=True)
@@ -103,14 +138,15 @@ class _Weights:
     """Stored bytes: the table of embeddings, and all else that the trunk reads. Other stages are left on the disk."""
 
     embedding: int
-    others: int
+    others: int  # routed experts among them
+    experts: int
 
     @classmethod
     def of(cls, header: Header) -> _Weights:
         nbytes = {role: sum(info.nbytes for info in infos) for role, infos in header.by_role().items()}
         unread = nbytes.get("mtp", 0) + nbytes.get("other", 0)
         embedding = nbytes.get("embed", 0)
-        return cls(embedding, header.tensor_bytes - unread - embedding)
+        return cls(embedding, header.tensor_bytes - unread - embedding, nbytes.get("routed_expert", 0))
 
     @property
     def whole(self) -> int:
@@ -130,10 +166,23 @@ def _scratch_bytes(config: ModelConfig, decodes: bool) -> int:
 
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes this process may still use, None where nobody tells. Tests put another system at `root`."""
-    known = [size for size in (_from_meminfo(root), *_from_cgroups(root)) if size is not None]
+    limits = _from_limits() if root == Path("/") else []
+    known = [size for size in (_from_meminfo(root), *_from_cgroups(root), *limits) if size is not None]
     if not known and root == Path("/"):
         known = _from_sysconf()
     return min(known, default=None)
+
+
+def address_space() -> int | None:
+    """Bytes that this process may still map (ulimit -v), None for no limit. Files count whole, read or not."""
+    return _left_of("RLIMIT_AS", "VmSize")
+
+
+def swapped_bytes(root: Path = Path("/")) -> int:
+    """What the system has put into swap, 0 where it does not tell. Whoever needs it back takes memory from the others."""
+    found = dict(line.split(":", 1) for line in _text(root / "proc/meminfo").splitlines())
+    total, free = (int(found.get(name, "0").split()[0]) for name in ("SwapTotal", "SwapFree"))
+    return (total - free) * 1024
 
 
 def resident_bytes() -> int:
@@ -156,27 +205,46 @@ def _from_cgroups(root: Path) -> Iterator[int | None]:
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0":
-            yield from _around(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file")
+            yield from _around(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "")
         elif "memory" in controllers.split(","):
             yield from _around(root / "sys/fs/cgroup/memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes",
-                               "total_inactive_file")
+                               "total_")
 
 
-def _around(mount: Path, path: str, limit: str, usage: str, reclaimable: str) -> Iterator[int | None]:
+def _around(mount: Path, path: str, limit: str, usage: str, prefix: str) -> Iterator[int | None]:
     inner = mount / path.strip("/")
     for folder in (inner, *inner.parents):
-        yield _left(folder, limit, usage, reclaimable)
+        yield _left(folder, limit, usage, prefix)
         if folder == mount:
             return
 
 
-def _left(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
+def _left(folder: Path, limit: str, usage: str, prefix: str) -> int | None:
     most = _text(folder / limit).strip()
     if not most.isdigit():  # absent, or "max"
         return None
     used = int(_text(folder / usage).strip() or 0)
     counters = dict(line.split() for line in _text(folder / "memory.stat").splitlines())
-    return max(0, int(most) - used + int(counters.get(reclaimable, 0)))
+    # The page cache gives way, weights in it too: those that another program maps, or that this one left there yesterday.
+    cache = sum(int(counters.get(f"{prefix}{half}_file", 0)) for half in ("inactive", "active"))
+    return max(0, int(most) - used + cache)
+
+
+def _from_limits() -> list[int | None]:
+    """What the limits of this process leave: of addresses, and of memory that is no file's (ulimit -v and -d)."""
+    return [address_space(), _left_of("RLIMIT_DATA", "VmData")]
+
+
+def _left_of(limit: str, counter: str) -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most, _ = resource.getrlimit(getattr(resource, limit))
+    if most == resource.RLIM_INFINITY:
+        return None
+    used = next((line.split()[1] for line in _text(Path("/proc/self/status")).splitlines() if line.startswith(counter)), "0")
+    return max(0, most - int(used) * 1024)
 
 
 def _from_sysconf() -> list[int]:

@@ -7,11 +7,20 @@ import json
 
 from dsv4_kernels import backends
 from dsv4_quant.files import Source
+from dsv4_quant.files.mapping import advised_at_once
+from dsv4cli.console import in_bytes
 from dsv4cli.encoding.tokenizer import Tokenizer
 from dsv4cli.engine.device import Place, free_on_card, settle
-from dsv4cli.engine.memory import LOADED_LATER, MemoryPlan, available_memory, plan_model, resident_bytes
+from dsv4cli.engine.memory import (
+    LOADED_LATER,
+    MemoryPlan,
+    address_space,
+    available_memory,
+    plan_model,
+    resident_bytes,
+)
 from dsv4cli.engine.sampling import Sampling
-from dsv4cli.errors import CorruptError, UsageError
+from dsv4cli.errors import CapacityError, CorruptError, UsageError
 
 RECOMMENDED = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty")  # keys of generation_config.json
 
@@ -29,12 +38,27 @@ def place_of(source: Source, name: str, ctx: int | None, numerics: str, device: 
         if where == "cuda":
             return plan_model(source.header, name, ctx=ctx, numerics=numerics, available=free_on_card(), program=ON_CARD,
                               on_card=True)
+        _demand_addresses(source, name)
         program, free = resident_bytes(), available_memory()
         available = None if free is None else free + program  # what this process holds already is in the plan
         return plan_model(source.header, name, ctx=ctx, numerics=numerics, available=available,
                           program=program + LOADED_LATER, decodes=backends.cpu_trouble() is not None)
 
     return settle(name, device, _formats(source), plan_for)
+
+
+def _demand_addresses(source: Source, name: str) -> None:
+    """Raises CapacityError where the process may not map all files, however much memory there is."""
+    left, wanted = address_space(), sum(file.stat().st_size for file in source.header.files())
+    if left is not None and left < wanted:
+        raise CapacityError(f"The files of {name} are {in_bytes(wanted)}, but this process may map only {in_bytes(left)} more.",
+                            "Raise the limit of its address space (ulimit -v unlimited).")
+
+
+def read_ahead(source: Source, plan: MemoryPlan) -> None:
+    """Has experts read ahead from now on if not all of them fit into memory. (Where they do, asking costs more than it gains.)"""
+    if plan.on_disk:
+        backends.ask_ahead(min(advised_at_once(file) for file in source.header.files()))
 
 
 def _formats(source: Source) -> set[str]:

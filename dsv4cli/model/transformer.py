@@ -17,6 +17,7 @@ from dsv4_quant.config import ModelConfig
 from dsv4_quant.files import Source
 from dsv4cli.errors import UsageError
 from dsv4cli.model.block import Block
+from dsv4cli.model.files import MappedFiles
 from dsv4cli.model.numerics import Numerics, numerics_named
 from dsv4cli.model.sizes import EXPAND_LIMIT
 from dsv4cli.model.state import State
@@ -31,10 +32,12 @@ Logits = Literal["last", "all", "none"]
 class Model:
     """The trunk with its weights. Immutable; what changes with the tokens is in a State."""
 
-    def __init__(self, weights: ModelWeights, config: ModelConfig, numerics: Numerics) -> None:
+    def __init__(self, weights: ModelWeights, config: ModelConfig, numerics: Numerics, files: MappedFiles | None = None) -> None:
+        """files: those that weights are mapped from, if any are."""
         self.weights = weights
         self.config = config
         self.numerics = numerics
+        self.files = files
         self.device = weights.norm.device
         self.rope = Rope.of(config).to(self.device)
         self.blocks = [Block(layer, config, number, numerics) for number, layer in enumerate(weights.layers)]
@@ -45,10 +48,12 @@ class Model:
         """Binds the trunk's weights; packed ones stay views of the source's files, or are copied to `device` as stored.
 
         numerics: "plain" or "official". expand_limit: bytes of float32 weights up to which the model is decoded once.
-        Raises CorruptFile for a missing tensor or a wrong shape, UsageError for unknown numerics.
+        Raises CorruptFile for a missing tensor, a wrong shape or a file that changes meanwhile, UsageError for unknown numerics.
         """
-        chosen = numerics_named(numerics)
-        return cls(bind(source, expand_limit, exact=chosen.exact, device=device), source.config, chosen)
+        chosen, files = numerics_named(numerics), MappedFiles(source)
+        weights = bind(source, expand_limit, exact=chosen.exact, device=device)
+        files.demand_unchanged()
+        return cls(weights, source.config, chosen, files if device == "cpu" else None)
 
     @property
     def weight_bytes(self) -> int:
@@ -65,12 +70,15 @@ class Model:
         The ids come from the host; the logits are on the model's device.
         -> float32 logits [1, vocab] of the last token, [t, vocab] of all, or [0, vocab] for "none". However the ids are
         cut into calls, the logits are the same up to float32 rounding. Raises UsageError when the ids do not fit into
-        the state, are empty or outside the vocabulary, or when an earlier call on this state was interrupted.
+        the state, are empty or outside the vocabulary, or when an earlier call on this state was interrupted;
+        CorruptFile when a file of weights changed or could not be read meanwhile.
         """
         self._check(ids, state)
         state.reserve(state.position + len(ids))
         with torch.inference_mode():
             rows = list(self._rows(ids.to(self.device).split(PIECE), state, logits))
+        if self.files is not None:
+            self.files.demand_unchanged()
         # Joined outside of inference mode, so that the caller may write into its logits.
         return torch.cat(rows) if rows else torch.zeros(0, self.config.vocab_size, device=self.device)
 

@@ -146,6 +146,12 @@ def use_threads(count: int | None) -> int:
     return library.set_threads(count)
 
 
+def ask_ahead(at_once: int) -> None:
+    """From now on the CPU kernels ask the system for experts, `at_once` bytes with each request, before they multiply them;
+    0: no longer. Worth it where not all of them fit into memory. Without kernels nothing changes."""
+    library.ask_ahead(at_once)
+
+
 def queued(*, lazily: bool = False) -> AbstractContextManager[None]:
     """Queues the CPU kernels called within, which then compute while Python goes on; see native.queue for what that asks of
     the caller. All are computed when it ends. Nothing is queued while somebody watches, who wants to see numbers, nor where

@@ -6,8 +6,16 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
+
+from dsv4cli.commands import opening
+from dsv4cli.engine import memory
+from dsv4cli.engine.memory import MemoryPlan
 from tests.support.program import Outcome
+from tests.support.synth import Checkpoint, Shape
 
 Run = Callable[..., Outcome]
 
@@ -40,6 +48,29 @@ def test_what_does_not_fit_says_what_would(run_dsv4: Run) -> None:
     assert done.code == 3
     assert json.loads(done.out)["fits"] is False
     assert "No context is short enough" in done.err
+
+
+def test_what_makes_a_model_slow_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = MemoryPlan(1, program=10**9, vocabulary=0, weights=8 * 10**9, expanded=0, state=0, snapshots=0, scratch=0,
+                       available=6 * 10**9, experts=7 * 10**9, busy=10**8)
+    monkeypatch.setattr(memory, "swapped_bytes", lambda: 3 * 10**9)
+    assert opening.warnings("flash", small) == [
+        "flash is larger than the 6.0 GB of memory here; experts in RAM: 4.0 GB of 7.0 GB, the rest is read from the disk."]
+    monkeypatch.setattr(memory, "swapped_bytes", lambda: 4 * 10**9)
+    assert "4.0 GB of programs are in swap" in opening.warnings("flash", small)[1]
+    assert opening.warnings("flash", replace(small, available=20 * 10**9)) == []
+
+
+def test_experts_for_which_there_is_no_memory_stay_on_the_disk(run_dsv4: Run, tmp_path: Path) -> None:
+    shape = Shape(ratios=(0, 4), hidden=1024, width=512, experts=96, q_rank=128)
+    model = str(Checkpoint(shape, seed=2).write(tmp_path / "large"))
+    whole = json.loads(run_dsv4("plan", model, "--ctx", "512", "--ram", "8GB", "--json").out)
+    assert (whole["fits"], whole["on_disk"], whole["experts"] > 0) == (True, 0, True)
+    done = run_dsv4("plan", model, "--ctx", "512", "--ram", str(whole["needed"] - whole["experts"] // 2))
+    assert done.code == 0, done.err
+    assert "the rest is read from the disk" in next(line for line in done.out.splitlines() if line.startswith("routed experts"))
+    done = run_dsv4("plan", model, "--ctx", "512", "--ram", str(whole["least"] - 1))
+    assert (done.code, "No context is short enough" in done.err) == (3, True)
 
 
 def test_a_size_that_is_none(run_dsv4: Run) -> None:

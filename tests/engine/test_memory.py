@@ -20,6 +20,7 @@ from dsv4cli.engine.memory import (
     in_bytes,
     plan_model,
     resident_bytes,
+    swapped_bytes,
 )
 from dsv4cli.errors import CapacityError, UsageError
 from dsv4cli.model.numerics import numerics_named
@@ -86,6 +87,41 @@ def unlimited(header: Header) -> Header:
     return replace(header, tensors=tensors)
 
 
+def test_routed_experts_may_stay_on_the_disk(header: Header) -> None:
+    large = unlimited(header)
+    experts = sum(info.nbytes for info in large.by_role()["routed_expert"])
+    whole = plan(large, 512, None)
+    assert (whole.experts, whole.on_disk, whole.runs) == (experts, 0, True)
+    some = plan(large, 512, whole.needed - experts // 2)
+    assert (some.fits, some.runs, some.on_disk) == (False, True, experts // 2)
+    assert f"of {in_bytes(experts)}, the rest" in some.experts_told()
+    some.demand_fit("flash")
+    assert plan(large, 512, whole.least).runs
+    few = plan(large, 512, whole.least - 1)
+    assert not few.runs
+    with pytest.raises(CapacityError, match=r"flash needs [\d.]+ .B of memory, [\d.]+ .B of experts left .* only"):
+        few.demand_fit("flash")
+
+
+def test_what_one_layer_reads_for_a_token_has_to_fit(header: Header) -> None:
+    c, whole = header.config, plan(unlimited(header), 512, None)
+    assert whole.busy * c.num_hidden_layers * c.n_routed_experts == whole.experts * c.num_experts_per_tok
+    assert whole.least == whole.needed - whole.experts + whole.busy
+
+
+def test_a_default_context_is_shortened_for_weights_but_not_for_some_of_them(header: Header) -> None:
+    """Down to SMALLEST_CONTEXT where then all fit; where not, the longest that leaves room for what has to."""
+    large = unlimited(header)
+    assert plan(large, None, plan(large, 512, None).needed).context == 512
+    assert plan(large, None, plan(large, 512, None).needed - 1).context == DEFAULT_CONTEXT
+    assert plan(large, None, plan(large, 4096, None).least).context == 4096
+    assert plan(large, None, 10).context == SMALLEST_CONTEXT
+
+
+def test_experts_of_small_models_are_expanded_and_stay(header: Header) -> None:
+    assert plan(header, 512, None).experts == 0
+
+
 @pytest.mark.parametrize("ctx", [0, -5, (1 << 20) + 1])
 def test_a_context_the_model_does_not_have_is_refused(header: Header, ctx: int) -> None:
     with pytest.raises(UsageError, match=f"{ctx} tokens .* 1 to {header.config.max_position_embeddings}"):
@@ -143,7 +179,7 @@ def test_the_tightest_group_of_version_2_decides(tmp_path: Path) -> None:
         "proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/user/job\n",
         "sys/fs/cgroup/user/job/memory.max": "max\n",
         "sys/fs/cgroup/user/memory.max": "1000000\n", "sys/fs/cgroup/user/memory.current": "600000\n",
-        "sys/fs/cgroup/user/memory.stat": "anon 5\ninactive_file 100000\n",
+        "sys/fs/cgroup/user/memory.stat": "anon 5\ninactive_file 60000\nactive_file 40000\n",
     })
     assert available_memory(root) == 500_000  # the page cache among what is used can be reclaimed
 
@@ -161,10 +197,32 @@ def test_groups_of_version_1(tmp_path: Path) -> None:
         "proc/meminfo": MEMINFO, "proc/self/cgroup": "8:pids:/\n4:cpu,memory:/job\n0::/\n",
         "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "1000000",
         "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "900000",
-        "sys/fs/cgroup/memory/job/memory.stat": "total_inactive_file 50000\n",
+        "sys/fs/cgroup/memory/job/memory.stat": "inactive_file 7\ntotal_inactive_file 30000\ntotal_active_file 20000\n",
         "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
     })
     assert available_memory(root) == 150_000
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_limits_of_the_process(limit: str) -> None:
+    code = ("import resource, sys\nfrom dsv4cli.engine.memory import address_space, available_memory\n"
+            f"resource.setrlimit(resource.{limit}, (10**9, resource.RLIM_INFINITY))\n"
+            "print(available_memory(), address_space())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                          env={"PYTHONPATH": ":".join(sys.path)})
+    left, addresses = done.stdout.split()
+    assert 500_000_000 < int(left) < 10**9
+    assert addresses == (left if limit == "RLIMIT_AS" else "None")
+
+
+def test_swap_counts_against_what_is_free(tmp_path: Path) -> None:
+    assert swapped_bytes(tmp_path) == 0
+    told = MEMINFO + "SwapTotal:     1000 kB\nSwapFree:       400 kB\n"
+    assert swapped_bytes(system(tmp_path, {"proc/meminfo": told})) == 600 * 1024
+    made = MemoryPlan(1, program=1, vocabulary=0, weights=80, expanded=0, state=0, snapshots=0, scratch=0, available=100,
+                      experts=50, busy=10)
+    assert (made.least, made.swaps(59), made.swaps(60), made.swaps(0)) == (41, False, True, False)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -136,6 +136,12 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_bound(folder: Path, m
         Engine.open(folder)
 
 
+def test_files_that_may_not_be_mapped_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "address_space", lambda: 1_000_000)
+    with pytest.raises(CapacityError, match=r"files of random are .* MB, .* may map only 1\.0 MB more"):
+        Engine.open(folder)
+
+
 @pytest.mark.parametrize(("options", "said"), [
     ({"device": "tpu"}, "no device 'tpu'"), ({"numerics": "fast"}, "fast"),
     ({"threads": 0}, "0 threads"), ({"ctx": 0}, "0 tokens"), ({"ctx": 2_000_000}, "2000000 .* 1048576"),

@@ -22,7 +22,8 @@ _library: ctypes.CDLL | None = None  # what the doors compute with
 _opened: list[ctypes.CDLL] = []
 _threads: int | None = None
 _signatures: dict[str, tuple[tuple[type, ...], type | None]] = {"dsv4_set_grids": ((P, P), None),
-                                                               "dsv4_read": ((P, I, P), None)}
+                                                               "dsv4_read": ((P, I, P), None),
+                                                               "dsv4_ask_ahead": ((I,), None)}
 
 
 def folder() -> Path:
@@ -125,6 +126,12 @@ def threads() -> int:
 def _set_threads(library: ctypes.CDLL, count: int) -> None:
     cpus = processors.places(count)
     library.dsv4_set_threads(count, (ctypes.c_int * len(cpus))(*cpus), len(cpus))
+
+
+def ask_ahead(at_once: int) -> None:
+    """Has experts asked for, `at_once` bytes with each request, before they are multiplied: some do not lie in memory."""
+    if trouble() is None:
+        load().dsv4_ask_ahead(at_once)
 
 
 def read_bandwidth(nbytes: int = 1 << 30, tries: int = 5) -> float:

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "api.h"
+#include "pages.h"
 #include "pool.h"
 #include "queue.h"
 #include "simd.h"
@@ -96,6 +97,24 @@ void add_down(const Expert& expert, const Visits& visits, int64_t number, int64_
     }
 }
 
+// How many experts are asked for before they are computed: more than a token chooses, and of a prompt's so few that what
+// was read is not driven out again before its turn.
+constexpr int64_t AHEAD = 16;
+
+// Gate and up of the visited experts first .. end, as far as there are so many.
+void ask_for_gates(const Expert* experts, const Visits& visits, int64_t first, int64_t end) {
+    end = std::min(end, int64_t(visits.experts.size()));
+    for (int64_t number = first; number < end; ++number) {
+        ask_for(experts[visits.experts[number]].gate);
+        ask_for(experts[visits.experts[number]].up);
+    }
+}
+
+// Down of all visited experts: whose rows are computed, every expert's.
+void ask_for_downs(const Expert* experts, const Visits& visits) {
+    for (int64_t number : visits.experts) ask_for(experts[number].down);
+}
+
 // What is added to `out` is the sum over each token's experts.
 void add_experts(const float* x, int64_t t, const float* weights, const int64_t* chosen, int64_t k, const Expert* experts,
                  int64_t n, float limit, float* out) {
@@ -104,20 +123,28 @@ void add_experts(const float* x, int64_t t, const float* weights, const int64_t*
     visits.sort(chosen, weights, t, k, n);
     scratch.hidden.resize(std::max(scratch.hidden.size(), size_t(t * k * gate.rows)));
     float* hidden = scratch.hidden.data();
+    int64_t count = int64_t(visits.experts.size());
+    bool asks = n > 1 && asks_ahead();  // the shared expert was needed for the last token too
+    if (asks) {
+        ask_for_gates(experts, visits, 0, AHEAD);
+        if (count <= AHEAD) ask_for_downs(experts, visits);
+    }
 
     Activations a = rounded(x, t, gate.cols, wants(gate), 0);
     Activations a_up = same(wants(gate), wants(up)) ? a : rounded(x, t, up.cols, wants(up), 1);
-    int64_t count = int64_t(visits.experts.size()), visitors = std::max<int64_t>(1, t * k / std::max<int64_t>(1, count));
+    int64_t visitors = std::max<int64_t>(1, t * k / std::max<int64_t>(1, count));
     int64_t piece = std::min(rows_per_piece(gate.rows, gate.cols, visitors), int64_t(64));
     int64_t pieces = (gate.rows + piece - 1) / piece;
     parallel(count * pieces, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             int64_t number = i / pieces, first = i % pieces * piece;
+            if (asks && first == 0) ask_for_gates(experts, visits, number + AHEAD, number + AHEAD + 1);
             into_hidden(experts[visits.experts[number]], visits, number, first, std::min(first + piece, gate.rows), a, a_up,
                         limit, hidden);
         }
     });
 
+    if (asks && count > AHEAD) ask_for_downs(experts, visits);
     Activations h = rounded(hidden, t * k, gate.rows, wants(down), 0);
     piece = std::min(rows_per_piece(down.rows, down.cols * std::min<int64_t>(count, 8), visitors), int64_t(64));
     parallel(down.rows, piece, [&](int64_t begin, int64_t end) {

@@ -67,6 +67,9 @@ class GgufSource:
     def tokenizer(self) -> dict[str, Any] | None:
         return tokenizer_json(self.metadata, str(self.path))
 
+    def maps(self) -> dict[Path, Tensor]:
+        return {file: self._map(file) for file in self.header.files()}
+
     def close(self) -> None:
         self._views.clear()
         self._maps.clear()
@@ -74,8 +77,11 @@ class GgufSource:
     def _view(self, info: TensorInfo) -> Tensor:
         """Typed numbers of the tensor's shape, or uint8 whose last dimension is the bytes of a row."""
         if info.name not in self._views:
-            if info.file not in self._maps:
-                self._maps[info.file] = map_file(info.file)
-            flat = typed_view(self._maps[info.file], info.offset, info.nbytes, DTYPES.get(info.dtype, torch.uint8))
+            flat = typed_view(self._map(info.file), info.offset, info.nbytes, DTYPES.get(info.dtype, torch.uint8))
             self._views[info.name] = flat.view(*info.shape[:-1], -1)
         return self._views[info.name]
+
+    def _map(self, file: Path) -> Tensor:
+        if file not in self._maps:
+            self._maps[file] = map_file(file)
+        return self._maps[file]

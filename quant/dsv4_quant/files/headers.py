@@ -42,6 +42,10 @@ class Header:
     def tensor_bytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 
+    def files(self) -> list[Path]:
+        """Those that tensors lie in."""
+        return sorted({info.file for info in self.tensors.values()})
+
     def by_role(self) -> dict[str, list[TensorInfo]]:
         """The tensors by what they are for (schema.Role); "other" for those that the schema does not know."""
         expected: Iterable[Any] = schema.gguf_tensors(self.config)

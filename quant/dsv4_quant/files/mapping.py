@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import warnings
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 FAULT_AROUND = 1 << 16  # bytes that Linux maps at once where one of them is touched; a multiple of any page
+LEAST_ADVISED, MOST_ADVISED = 1 << 17, 1 << 21  # bytes that a request for reading ahead is surely heard for, and gains by
 _OPEN: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # maps in use, by where they begin in memory
 
 
@@ -51,3 +53,19 @@ def typed_view(file: Tensor, offset: int, nbytes: int, dtype: torch.dtype) -> Te
     if offset % dtype.itemsize:
         raw = raw.clone()
     return raw.view(dtype)
+
+
+def advised_at_once(path: Path) -> int:
+    """Bytes that one request for reading a file ahead may ask for.
+
+    Linux silently leaves out what exceeds both the read-ahead and the longest request of the disk. A multiple of any page.
+    """
+    device = os.stat(path).st_dev
+    place = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve() if hasattr(os, "major") else Path()
+    for queue in (place / "queue", place.parent / "queue"):  # a partition's is that of its disk
+        try:
+            known = [int((queue / name).read_text()) * 1024 for name in ("read_ahead_kb", "max_sectors_kb")]
+        except (OSError, ValueError):
+            continue
+        return max(LEAST_ADVISED, min(MOST_ADVISED, max(known) // FAULT_AROUND * FAULT_AROUND))
+    return LEAST_ADVISED

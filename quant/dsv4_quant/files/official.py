@@ -73,6 +73,9 @@ class OfficialSource:
         path = self.path / "tokenizer.json"
         return path if path.is_file() else None
 
+    def maps(self) -> dict[Path, Tensor]:
+        return {file: self._map(file) for file in self.header.files()}
+
     def close(self) -> None:
         self._maps.clear()
 
@@ -85,9 +88,12 @@ class OfficialSource:
             ) from None
 
     def _view(self, info: TensorInfo) -> Tensor:
-        if info.file not in self._maps:
-            self._maps[info.file] = map_file(info.file)
-        return typed_view(self._maps[info.file], info.offset, info.nbytes, DTYPES[info.dtype]).view(info.shape)
+        return typed_view(self._map(info.file), info.offset, info.nbytes, DTYPES[info.dtype]).view(info.shape)
+
+    def _map(self, file: Path) -> Tensor:
+        if file not in self._maps:
+            self._maps[file] = map_file(file)
+        return self._maps[file]
 
 
 def _scale(weight: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.files.headers import Header
 from dsv4_quant.formats import Packed
@@ -29,6 +31,10 @@ class Source(Protocol):
 
     def read(self, name: str) -> Packed:
         """The weight, as views of the mapped file. Raises CorruptFile when there is none of that name."""
+        ...
+
+    def maps(self) -> dict[Path, Tensor]:
+        """Every file that tensors lie in, mapped whole, uint8 [size]: what `read` gives views of."""
         ...
 
     def tokenizer(self) -> dict[str, Any] | Path | None:
