@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.formats import FORMATS, Packed
@@ -38,6 +38,10 @@ class RandomSource:
             return packed(self._format(spec), *_logical(spec), self.random)
         values = torch.randn(spec.shape, generator=self.random, device=device) * 0.1
         return Packed("f32", spec.shape, 1 + values if spec.name.endswith("norm.weight") else values)
+
+    def maps(self) -> dict[Path, Tensor]:
+        """No file: nothing can be cut short or written to."""
+        return {}
 
     def sizes(self) -> dict[int | None, int]:
         """Bytes of each layer's matrices, which are almost everything; None: of what belongs to no layer."""
