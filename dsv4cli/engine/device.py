@@ -12,7 +12,7 @@ import torch
 from dsv4_kernels import backends
 from dsv4cli.console import in_bytes
 from dsv4cli.engine.memory import MemoryPlan
-from dsv4cli.errors import UsageError
+from dsv4cli.errors import CapacityError, UsageError
 
 DEVICES = ("auto", "cpu", "cuda")
 OLDEST = (8, 0)  # compute capability of NVIDIA's first cards whose tensor cores take bf16
@@ -49,17 +49,33 @@ def settle(name: str, asked: str, formats: Collection[str], plan_for: Callable[[
         reason = "the kernels have not been proven on a card yet; --device cuda tries them"
     if reason is None:
         plan = plan_for("cuda")
-        strange = [] if plan.expanded else sorted(set(formats) - backends.gpu_formats())
+        strange = [] if plan.expands else sorted(set(formats) - backends.gpu_formats())
         if strange and asked == "cuda":
             raise UsageError(f"{name} cannot run on cuda: there is no kernel for {', '.join(strange)}.", PLAIN_HINT)
-        if asked == "cuda" or (plan.fits and not strange):
+        if asked == "cuda" or (plan.on_cards and not strange):
             plan.demand_fit(name)
+            _demand_whole(name, plan)
             return Place("cuda", "it was asked for" if asked == "cuda" else "the model fits into the card's memory", plan)
         reason = (f"no kernel of the card's reads {', '.join(strange)}" if strange else
-                  f"the model needs {in_bytes(plan.needed)} of the card's memory, which has {in_bytes(plan.available or 0)} free")
+                  f"the model needs {_whole(plan)} of the card's memory, which has {_free(plan)} free")
     plan = plan_for("cpu")
     plan.demand_fit(name)
     return Place("cpu", reason, plan)
+
+
+def _demand_whole(name: str, plan: MemoryPlan) -> None:
+    """Raises CapacityError unless the card has room for every expert: until some of them can stay behind."""
+    if not plan.on_cards:
+        raise CapacityError(f"{name} needs {_whole(plan)} of the card's memory, but only {_free(plan)} are available.",
+                            "Choose a smaller quantisation, or --device cpu.")
+
+
+def _whole(plan: MemoryPlan) -> str:
+    return in_bytes(sum(card.whole for card in plan.cards))
+
+
+def _free(plan: MemoryPlan) -> str:
+    return in_bytes(sum(card.available or 0 for card in plan.cards))
 
 
 def card_trouble() -> str | None:

@@ -3,24 +3,27 @@
 Weights stay in the mapped file and are read through the page cache. They are counted all the same, as far as they are read:
 what does not fit is read from the disk again whenever it is needed. Of routed experts a token needs few, so a model runs as
 long as everything else fits; other weights would be read again for every token. What a program may use is the smallest of
-what the system has available and what the control groups around the process and its own limits leave. No torch here.
+what the system has available and what the control groups around the process and its own limits leave. With graphics cards
+(engine.cards) only the experts for which they have no room are counted here, and what the program itself takes. No torch.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.files.headers import Header
 from dsv4cli.console import in_bytes
+from dsv4cli.engine.cards import UNREAD, Buffers, CardShare, shares
 from dsv4cli.errors import CapacityError, UsageError
 from dsv4cli.model import sizes
 
 DEFAULT_CONTEXT = 32768
 PREFILL_CHUNK = 512  # tokens that are computed together
+TILE = 64 << 20  # bytes of scores at once: of attention, and of an indexer
 PROGRAM = 275_000_000  # bytes that Python, torch (without CUDA) and this program hold; seen with torch 2.13 on Linux
 LOADED_LATER = 20_000_000  # what comes to the program after its plan was made: a tokenizer library, kernels, torch's own buffers
 TOKEN_BYTES = 740  # what a tokenizer holds per token: 95 MB for 129,280; seen with tokenizers 0.22
@@ -30,7 +33,9 @@ SMALLEST_CONTEXT = 512  # shorter than this, a default context would not be wort
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by purpose. `available` is None where the system does not tell; then nothing is refused."""
+    """Bytes of the machine's memory by purpose, and what its cards hold. `available` is None where the system does not tell;
+    then nothing is refused. With `cards`, weights, state and scratch are theirs (CardShare), and `experts` are those for
+    which they have no slot."""
 
     context: int  # tokens
     program: int  # Python, torch and what else is loaded before a model is
@@ -43,6 +48,9 @@ class MemoryPlan:
     available: int | None
     experts: int = 0  # of the weights: routed experts that may stay on the disk
     busy: int = 0  # of those: what one layer reads for a token, which has to be in memory
+    routed: int = 0  # how many routed experts there are, wherever they lie
+    pinned: int = 0  # buffers that cards copy from
+    cards: tuple[CardShare, ...] = ()
 
     @property
     def needed(self) -> int:
@@ -56,13 +64,33 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether all weights stay in memory."""
-        return self.available is None or self.needed <= self.available
+        """Whether all weights stay in memory, or on cards."""
+        return self.runs and (self.available is None or self.needed <= self.available)
 
     @property
     def runs(self) -> bool:
         """Whether the model can be run, if need be with experts on the disk."""
-        return self.available is None or self.least <= self.available
+        return (self.available is None or self.least <= self.available) and all(card.runs for card in self.cards)
+
+    @property
+    def card(self) -> CardShare | None:
+        """The share of the only card, or of the first; None where the model stays on the CPU."""
+        return self.cards[0] if self.cards else None
+
+    @property
+    def shelf(self) -> int:
+        """Bytes that a session's snapshots may take, wherever the state is."""
+        return self.snapshots + sum(card.snapshots for card in self.cards)
+
+    @property
+    def on_cards(self) -> bool:
+        """Whether cards hold every weight."""
+        return bool(self.cards) and all(card.runs and card.slots == card.experts for card in self.cards)
+
+    @property
+    def expands(self) -> bool:
+        """Whether weights are decoded to float32 when they are loaded, wherever they go then."""
+        return bool(self.expanded or (self.card and self.card.expanded))
 
     @property
     def on_disk(self) -> int:
@@ -70,7 +98,15 @@ class MemoryPlan:
         return 0 if self.available is None else min(self.experts, max(0, self.needed - self.available))
 
     def demand_fit(self, name: str) -> None:
-        """Raises CapacityError with both numbers if not even experts on the disk would leave room for the rest."""
+        """Raises CapacityError with both numbers if not even experts on the disk would leave room for the rest, or a card has
+        too little for what has to be there."""
+        for number, card in enumerate(self.cards):
+            if not card.runs:
+                which = f"GPU {number}" if len(self.cards) > 1 else "the GPU"
+                raise CapacityError(
+                    f"{name} needs {in_bytes(card.fixed)} of the memory of {which} ({told(card.sizes())}), "
+                    f"but only {in_bytes(card.available or 0)} are available.",
+                    "Choose a smaller --ctx, a smaller quantisation, or --device cpu.")
         if not self.runs:
             without = f", {in_bytes(self.experts)} of experts left on the disk," if self.experts else ""
             raise CapacityError(
@@ -82,10 +118,10 @@ class MemoryPlan:
         """Bytes by what they are for, in words."""
         return {"program": self.program, "tokenizer": self.vocabulary, "weights": self.weights - self.experts,
                 "routed experts": self.experts, "expanded weights": self.expanded, f"state for {self.context} tokens": self.state,
-                "snapshots": self.snapshots, "scratch": self.scratch}
+                "snapshots": self.snapshots, "scratch": self.scratch, "pinned buffers": self.pinned}
 
     def parts(self) -> str:
-        return ", ".join(f"{what} {in_bytes(size)}" for what, size in self.sizes().items() if size)
+        return told(self.sizes())
 
     def swaps(self, swapped: int) -> bool:
         """Whether so many bytes of others, read back from swap, would leave less than this needs."""
@@ -99,15 +135,20 @@ class MemoryPlan:
         return f"experts in RAM: {kept} of {in_bytes(self.experts)}, the rest is read from the disk"
 
 
+def told(sizes: dict[str, int]) -> str:
+    """Sizes with their purposes, in words; what is 0 is left out."""
+    return ", ".join(f"{what} {in_bytes(size)}" for what, size in sizes.items() if size)
+
+
 def plan_model(header: Header, name: str, *, ctx: int | None, numerics: str, available: int | None,
-               program: int = PROGRAM, decodes: bool = False, on_card: bool = False) -> MemoryPlan:
+               program: int = PROGRAM, decodes: bool = False, cards: Sequence[int | None] = ()) -> MemoryPlan:
     """The plan for `ctx` tokens, or, with ctx None, for the longest default that fits (halving from DEFAULT_CONTEXT): with all
     weights in memory, else with experts on the disk; the smallest where neither fits. Nobody is refused here: see
     MemoryPlan.demand_fit.
 
     program: bytes that the program holds before it opens a model. decodes: there are no kernels for packed weights, so
-    that a matrix has to be decoded for each product. on_card: weights are copied there whole, expanded ones instead of the
-    stored, and the tokenizer stays behind. Raises UsageError for a context the model does not have.
+    that a matrix has to be decoded for each product. cards: bytes that may be used of each card that is to compute; without
+    any, the CPU does. Raises UsageError for a context the model does not have.
     """
     config = header.config
     longest = config.max_position_embeddings
@@ -116,16 +157,21 @@ def plan_model(header: Header, name: str, *, ctx: int | None, numerics: str, ava
                          f"Choose --ctx between 1 and {longest}.")
     weights = _Weights.of(header)
     expanded = sizes.expanded_bytes(config, header.tensor_bytes)
-    scratch = _scratch_bytes(config, decodes and not expanded)
+    experts = 0 if expanded else weights.experts  # expanded ones lie in memory, whatever becomes of the file's
+    count = config.n_routed_experts * config.num_hidden_layers
+    busy = experts * config.num_experts_per_tok // count
+    scratch, vocabulary = _scratch_bytes(config, decodes and not expanded), TOKEN_BYTES * config.vocab_size
 
     def plan(tokens: int) -> MemoryPlan:
+        if cards:
+            buffers = Buffers(_scratch_bytes(config, decodes=False), _index_scores(config, tokens))
+            dealt = shares(header, cards, tokens, numerics, buffers)
+            left = max(0, experts - sum(card.slots * card.expert for card in dealt))
+            here = MemoryPlan(tokens, program, vocabulary, left, 0, 0, 0, 0, available, left, min(left, busy), count)
+            return replace(here, pinned=max(card.staging for card in dealt), cards=dealt)
         state = sizes.state_bytes(config, tokens, numerics)
-        if on_card:
-            return MemoryPlan(tokens, program, 0, 0 if expanded else weights.whole, expanded, state, state, scratch, available)
-        experts = 0 if expanded else weights.experts  # expanded ones lie in memory, whatever becomes of the file's
-        busy = experts * config.num_experts_per_tok // (config.n_routed_experts * config.num_hidden_layers)
-        return MemoryPlan(tokens, program, TOKEN_BYTES * config.vocab_size, weights.read_by(tokens), expanded, state, state,
-                          scratch, available, experts, busy)
+        return MemoryPlan(tokens, program, vocabulary, weights.read_by(tokens), expanded, state, state, scratch, available,
+                          experts, busy, count)
 
     plans = [plan(ctx or min(DEFAULT_CONTEXT, longest))]
     while ctx is None and not plans[-1].fits and plans[-1].context // 2 >= SMALLEST_CONTEXT:
@@ -144,13 +190,9 @@ class _Weights:
     @classmethod
     def of(cls, header: Header) -> _Weights:
         nbytes = {role: sum(info.nbytes for info in infos) for role, infos in header.by_role().items()}
-        unread = nbytes.get("mtp", 0) + nbytes.get("other", 0)
+        unread = sum(nbytes.get(role, 0) for role in UNREAD)
         embedding = nbytes.get("embed", 0)
         return cls(embedding, header.tensor_bytes - unread - embedding, nbytes.get("routed_expert", 0))
-
-    @property
-    def whole(self) -> int:
-        return self.others + self.embedding
 
     def read_by(self, tokens: int) -> int:
         """Of the table only the rows of tokens that occur, each with the pages that the system maps around it."""
@@ -162,6 +204,11 @@ def _scratch_bytes(config: ModelConfig, decodes: bool) -> int:
     widest = max(config.hc_mult * config.hidden_size, config.num_attention_heads * config.head_dim)
     matrix = config.vocab_size * config.hidden_size if decodes else 0
     return 4 * (6 * PREFILL_CHUNK * widest + matrix)
+
+
+def _index_scores(config: ModelConfig, tokens: int) -> int:
+    """Of a prompt chunk's scores of all entries, float32, what a card computes at once; 0 where no layer has an indexer."""
+    return min(TILE, 4 * PREFILL_CHUNK * (tokens // sizes.OVERLAPPING)) if sizes.OVERLAPPING in config.compress_ratios else 0
 
 
 def available_memory(root: Path = Path("/")) -> int | None:

@@ -10,6 +10,7 @@ from dsv4_quant.files import Source
 from dsv4_quant.files.mapping import advised_at_once
 from dsv4cli.console import in_bytes
 from dsv4cli.encoding.tokenizer import Tokenizer
+from dsv4cli.engine.cards import UNREAD
 from dsv4cli.engine.device import Place, free_on_card, settle
 from dsv4cli.engine.memory import (
     LOADED_LATER,
@@ -23,11 +24,7 @@ from dsv4cli.engine.sampling import Sampling
 from dsv4cli.errors import CapacityError, CorruptError, UsageError
 
 RECOMMENDED = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty")  # keys of generation_config.json
-
-
-UNUSED = ("mtp", "other")  # roles that the trunk does not read
 WHOLE_NUMBERS = ("i8", "i16", "i32", "i64")  # tables, which are decoded when they are bound
-ON_CARD = 500_000_000  # bytes for compiled kernels and what torch's allocator cannot use; a guess until a card was there
 
 
 def place_of(source: Source, name: str, ctx: int | None, numerics: str, device: str) -> Place:
@@ -35,13 +32,11 @@ def place_of(source: Source, name: str, ctx: int | None, numerics: str, device: 
     context that the model does not have or a device that is not here, CapacityError (both numbers) for one that the machine
     does not have."""
     def plan_for(where: str) -> MemoryPlan:
-        if where == "cuda":
-            return plan_model(source.header, name, ctx=ctx, numerics=numerics, available=free_on_card(), program=ON_CARD,
-                              on_card=True)
         _demand_addresses(source, name)
+        cards = [free_on_card()] if where == "cuda" else []
         program, free = resident_bytes(), available_memory()
         available = None if free is None else free + program  # what this process holds already is in the plan
-        return plan_model(source.header, name, ctx=ctx, numerics=numerics, available=available,
+        return plan_model(source.header, name, ctx=ctx, numerics=numerics, available=available, cards=cards,
                           program=program + LOADED_LATER, decodes=backends.cpu_trouble() is not None)
 
     return settle(name, device, _formats(source), plan_for)
@@ -66,7 +61,7 @@ def _formats(source: Source) -> set[str]:
     if source.header.layout == "official":
         return set()
     roles = source.header.by_role().items()
-    return {info.dtype for role, infos in roles if role not in UNUSED
+    return {info.dtype for role, infos in roles if role not in UNREAD
             for info in infos if len(info.shape) > 1 and info.dtype not in WHOLE_NUMBERS}
 
 

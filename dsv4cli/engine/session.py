@@ -35,7 +35,7 @@ class Session:
         self.reused = 0  # tokens that the last sync did not have to compute
         self._state = engine.model.new_state(engine.ctx)
         self._logits: Tensor | None = None
-        self._shelf = Shelf(MOST_MARKS, engine.plan.snapshots)
+        self._shelf = Shelf(MOST_MARKS, engine.plan.shelf)
 
     @property
     def position(self) -> int:

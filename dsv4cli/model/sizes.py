@@ -26,16 +26,21 @@ def state_bytes(config: ModelConfig, tokens: int, numerics: str, *, packed: bool
     packed: rows are what dsv4_kernels.cache.packed makes of them, which only official numerics leave room for. Raises
     UsageError for unknown numerics, and for plain ones that are to be packed.
     """
+    return sum(layer_state_bytes(config, layer, tokens, numerics, packed=packed) for layer in range(config.num_hidden_layers))
+
+
+def layer_state_bytes(config: ModelConfig, layer: int, tokens: int, numerics: str, *, packed: bool = False) -> int:
+    """What one layer has of `state_bytes`."""
     demand_numerics(numerics)
     if packed and numerics != "official":
         raise UsageError(f"Caches of {numerics} numerics cannot be packed without loss.", "Use the official ones.")
     value = CACHE_BYTES[numerics]
     key, index = (_packed_rows(config) if packed else (config.head_dim * value, config.index_head_dim * value))
-    total = config.num_hidden_layers * config.sliding_window * key
-    for ratio in filter(None, map(config.ratio, range(config.num_hidden_layers))):
-        total += _pending_bytes(ratio, config.head_dim) + tokens // ratio * key
-        if ratio == OVERLAPPING:
-            total += _pending_bytes(ratio, config.index_head_dim) + tokens // ratio * index
+    total, ratio = config.sliding_window * key, config.ratio(layer)
+    if ratio:
+        total += pending_bytes(ratio, config.head_dim) + tokens // ratio * key
+    if ratio == OVERLAPPING:
+        total += pending_bytes(ratio, config.index_head_dim) + tokens // ratio * index
     return total
 
 
@@ -46,7 +51,7 @@ def _packed_rows(config: ModelConfig) -> tuple[int, int]:
             config.index_head_dim // 2 + config.index_head_dim // SCALED[1])
 
 
-def _pending_bytes(ratio: int, width: int) -> int:
+def pending_bytes(ratio: int, width: int) -> int:
     """Of a group being filled: keys and scores; where groups overlap also of the one before, and twice as wide."""
     doubled = 2 if ratio == OVERLAPPING else 1
     return 2 * (doubled * ratio) * (doubled * width) * 4

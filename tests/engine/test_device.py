@@ -11,15 +11,17 @@ import torch
 
 from dsv4_kernels import backends
 from dsv4_quant.files import open_source
-from dsv4_quant.files.headers import read_header
 from dsv4cli.engine import device, opening
-from dsv4cli.engine.memory import MemoryPlan, plan_model
+from dsv4cli.engine.cards import CardShare
+from dsv4cli.engine.memory import MemoryPlan
 from dsv4cli.errors import CapacityError, UsageError
 from tests.support.gguf_writer import Kind, write
 from tests.support.synth import Checkpoint, Shape
 
 SMALL = MemoryPlan(512, 1, 0, 2, 0, 3, 3, 4, available=100)
-CARD = replace(SMALL, weights=50)
+SHARE = CardShare(0, 2, available=100, program=1, dense=20, state=3, snapshots=3, scratch=4, index_scores=1, expert=5,
+                  experts=8, slots=8)
+CARD = replace(SMALL, weights=0, cards=(SHARE,))
 
 
 @pytest.fixture
@@ -63,12 +65,15 @@ def test_until_kernels_are_proven_a_card_has_to_be_asked_for(monkeypatch: pytest
 
 @pytest.mark.usefixtures("card")
 def test_what_does_not_fit_into_the_card_stays_on_the_cpu_or_is_refused() -> None:
-    large = replace(CARD, weights=2_000_000_000, available=1_000_000_000)
+    large = replace(CARD, cards=(replace(SHARE, available=1_000_000_000, dense=400_000_000, expert=200_000_000, slots=2),))
     place = settled("auto", large)
     assert (place.device, place.plan) == ("cpu", SMALL)
     assert "2.0 GB of the card's memory, which has 1.0 GB free" in place.reason
     with pytest.raises(CapacityError, match=r"2\.0 GB .* only 1\.0 GB"):
         settled("cuda", large)
+    larger = replace(CARD, cards=(replace(large.cards[0], dense=1_500_000_000, slots=0),))
+    with pytest.raises(CapacityError, match=r"needs 1\.5 GB of the memory of the GPU .* only 1\.0 GB"):
+        settled("cuda", larger)
 
 
 @pytest.mark.usefixtures("card")
@@ -77,7 +82,8 @@ def test_formats_without_a_kernel_stay_on_the_cpu() -> None:
     assert (place.device, "iq3_xxs" in place.reason, "q2_k" in place.reason) == ("cpu", True, False)
     with pytest.raises(UsageError, match="no kernel for iq3_xxs"):
         settled("cuda", formats=["q2_k", "iq3_xxs"])
-    assert settled("auto", replace(CARD, expanded=5), ["iq3_xxs"]).device == "cuda"  # decoded before it goes there
+    decoded = replace(CARD, cards=(replace(SHARE, expanded=5),))  # before it goes there
+    assert settled("auto", decoded, ["iq3_xxs"]).device == "cuda"
 
 
 @pytest.mark.usefixtures("no_card")
@@ -95,13 +101,6 @@ def test_cards_and_installations_that_the_kernels_cannot_use(monkeypatch: pytest
     monkeypatch.setattr(backends, "gpu_trouble", lambda: backends.BackendError("Triton is not installed.", "Install it."))
     with pytest.raises(UsageError, match=r"on cuda: Triton is not installed\."):
         settled("cuda")
-
-
-def test_a_plan_for_a_card_counts_every_weight_once(tmp_path: Path) -> None:
-    header = read_header(Checkpoint(Shape(), seed=5).write(tmp_path))
-    plan = plan_model(header, "random", ctx=512, numerics="official", available=None, program=7, on_card=True)
-    assert (plan.program, plan.vocabulary) == (7, 0)
-    assert (plan.weights, plan.expanded > 0) == (0, True)  # small enough to be expanded: nothing else goes there
 
 
 @pytest.mark.usefixtures("no_card")
