@@ -1,0 +1,79 @@
+"""How many launches a decoded token takes on a card, layer by layer. The ceilings may only come down; docs/gpu-products.md has
+the same table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dsv4_kernels import alloc, backends
+from dsv4_quant.files import open_source
+from dsv4cli.model.block import Block
+from dsv4cli.model.transformer import Model
+from tests.kernels.interpreter import QUIET
+from tests.support.launches import launches
+from tests.support.synth import Checkpoint, Shape
+
+pytest.importorskip("triton")
+pytestmark = QUIET
+
+# A layer of each kind, and an indexer that has to choose as soon as there are two entries.
+SMALL = Shape(ratios=(0, 4, 128), experts=4, heads=2, index_heads=2, index_topk=1, vocab=64, rounds=2,
+              hidden=128, width=64, q_rank=128, o_rank=32)
+PROMPT = 10
+PRODUCTS = {"hyper", "linear", "moe", "router"}
+# Layers of no, 4 and 128 tokens to an entry: products, experts and streams; then everything.
+OF_PRODUCTS = (16, 16, 16)
+ORDINARY, FULL_GROUP = (27, 32, 27), (24, 45, 27)  # the first token of all makes three small tensors to keep
+AROUND = 23  # before the first layer and after the last one
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[str]]]:
+    """Of one token that completes no group, and of one that completes a group of four: what each layer launched; last, what
+    the rest of the model did."""
+    alloc.poison(False)
+    path = Checkpoint(SMALL, seed=5).write(tmp_path_factory.mktemp("synth"))
+    model = Model.bind(open_source(path), numerics="official", expand_limit=0)
+    state = model.new_state(PROMPT + 2)
+    model.forward(torch.arange(PROMPT), state)  # by the CPU's kernels, which are soon done
+    with backends.interpreted(), pytest.MonkeyPatch.context() as patch:
+        return [_layers(model, state, patch) for _ in range(2)]
+
+
+def _layers(model: Model, state: Any, patch: pytest.MonkeyPatch) -> list[list[str]]:
+    spans, layer = [], Block.__call__
+
+    def watched(self: Block, *given: Any, **options: Any) -> Any:
+        start = len(log)
+        made = layer(self, *given, **options)
+        spans.append((start, len(log)))
+        return made
+
+    with patch.context() as own, launches() as log:
+        own.setattr(Block, "__call__", watched)
+        model.forward(torch.tensor([1]), state)
+    return [log[start:end] for start, end in spans] + [log[:spans[0][0]] + log[spans[-1][1]:]]
+
+
+def _above(found: list[list[str]], ceiling: tuple[int, ...]) -> list[str]:
+    return [f"{len(each)} instead of {most}: {' '.join(each)}" for each, most in zip(found, ceiling, strict=True)
+            if len(each) > most]
+
+
+def test_products_streams_and_experts(tokens: list[list[list[str]]]) -> None:
+    for token in tokens:
+        own = [[name for name in layer if name.partition(".")[0] in PRODUCTS] for layer in token[:3]]
+        assert all(own), "nothing was launched at all"
+        assert _above(own, OF_PRODUCTS) == []
+
+
+def test_whole_layers(tokens: list[list[list[str]]]) -> None:
+    ordinary, full = tokens
+    assert "attention._attend" in ordinary[0]
+    assert "indexer._choose" in ordinary[1]
+    assert len(full[1]) > len(ordinary[1]), "no group was completed"
+    assert _above(ordinary, (*ORDINARY, AROUND)) == []
+    assert _above(full, (*FULL_GROUP, AROUND)) == []
