@@ -7,8 +7,8 @@ from torch import Tensor
 from dsv4_kernels.attention import Entries, sparse_attention
 from dsv4_kernels.cache import keep_keys
 from dsv4_kernels.indexer import top_indices
-from dsv4_kernels.linear import grouped_linear, linear, linears
-from dsv4_kernels.norm_rope import norm_rotate, rms_norm, rotate
+from dsv4_kernels.linear import Norm, grouped_linear, linear, linears
+from dsv4_kernels.norm_rope import norm_rotate, rotate
 from dsv4_quant.config import ModelConfig
 from dsv4cli.model.compressor import Compressor
 from dsv4cli.model.numerics import Numerics
@@ -30,6 +30,7 @@ class Attention:
         self.ratio = ratio
         self.numerics = numerics
         self.compressor = self.indexer = None
+        self.norm_q = Norm(weights.q_norm, config.rms_norm_eps)
         self.of_x = [weights.wq_a, weights.wkv]
         if weights.compressor is not None:
             self.compressor = Compressor(weights.compressor, ratio, config.rms_norm_eps, numerics.kv)
@@ -43,9 +44,8 @@ class Attention:
         w, c = self.weights, self.config
         turns = step.compress_turns if self.ratio else step.window_turns
         latent, kv, *compressed = linears(x, self.of_x)
-        latent = rms_norm(latent, w.q_norm, c.rms_norm_eps)
         choosing = [self.indexer.weights.wq_b] if self.indexer is not None and self.indexer.chooses(step) else []
-        q, *index_q = linears(latent, [w.wq_b, *choosing])
+        q, *index_q = linears(latent, [w.wq_b, *choosing], self.norm_q)
         q = norm_rotate(q.unflatten(-1, (c.num_attention_heads, c.head_dim)), None, c.rms_norm_eps, turns)
 
         keys = state.ring.place(len(x), step.start)

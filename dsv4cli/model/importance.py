@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from dsv4_kernels.linear import linear
 from dsv4_kernels.moe import Expert
+from dsv4_kernels.norm_rope import rms_norm
 from dsv4_quant.imatrix import Entry
 from dsv4_quant.schema import GGUF_EXPERTS, gguf_name
 from dsv4cli.model.transformer import Model
@@ -73,8 +74,10 @@ class Collector:
             x, weight = given[:2]
             self._met(self._names.get(id(weight)), x)
         elif door == "linears":
-            for weight in given[1]:
-                self._met(self._names.get(id(weight)), given[0])
+            x, weights, norm = given
+            x = x if norm is None else rms_norm(x, *norm)
+            for weight in weights:
+                self._met(self._names.get(id(weight)), x)
         elif door == "shared_expert":
             self._shared_expert(*given)
         elif door == "routed_experts":

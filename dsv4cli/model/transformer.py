@@ -11,8 +11,7 @@ from torch import Tensor
 
 from dsv4_kernels import backends
 from dsv4_kernels.hyper import HyperSettings, merge_streams
-from dsv4_kernels.linear import embed, linear
-from dsv4_kernels.norm_rope import rms_norm
+from dsv4_kernels.linear import Norm, embed, linears
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.files import Source
 from dsv4cli.errors import UsageError
@@ -107,7 +106,7 @@ class Model:
     def _head(self, streams: Tensor) -> Tensor:
         w, c = self.weights, self.config
         merged = merge_streams(streams, w.hc_head, HyperSettings(c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters))
-        return linear(rms_norm(merged, w.norm, c.rms_norm_eps), w.head)
+        return linears(merged, [w.head], Norm(w.norm, c.rms_norm_eps))[0]
 
     def _check(self, ids: Tensor, state: State) -> None:
         state.demand_whole()

@@ -41,7 +41,7 @@ def test_plain_numerics_compute_what_the_reference_computes(small: Path, request
         assert {backends.pick(op).name for op in backends.OPERATIONS} == {"gpu"}
         with backends.watched(lambda door, _: ran.add(door)):
             fast = walked(Model.bind(open_source(small), numerics="plain", expand_limit=0), SIZES)
-    assert {"linear", "rms_norm", "mix_streams", "compress", "top_indices", "sparse_attention", "route_learned",
+    assert {"linear", "linears", "mix_streams", "compress", "top_indices", "sparse_attention", "route_learned",
             "route_by_hash", "routed_experts"} <= ran
     request.getfixturevalue("on_reference")
     model = Model.bind(open_source(small), numerics="plain", expand_limit=0)
