@@ -29,7 +29,7 @@ COMMANDS = {  # where it is, and the first paragraph of its help: neither is imp
     "run": ("dsv4cli.commands.run:run", "Answer one question and leave."),
     "list": ("dsv4cli.commands.list:list_models", "List the models on this machine (short: ls)."),
     "show": ("dsv4cli.commands.show:show", "Show a model: architecture, tensors by role, context, license."),
-    "plan": ("dsv4cli.commands.plan:plan", "Show what a model will need, by purpose, and whether that fits."),
+    "plan": ("dsv4cli.commands.plan:plan", "Show what a model will need, by tier and purpose, and whether that fits."),
     "quantize": ("dsv4cli.commands.quantize:quantize", "Make a smaller GGUF of a model, for dsv4 and llama.cpp."),
     "pull": ("dsv4cli.commands.pull:pull", "Fetch a model from the Hugging Face hub."),
     "verify": ("dsv4cli.commands.verify:verify", "Hash the files of a model again, and compare with what was published."),

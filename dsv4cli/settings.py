@@ -77,6 +77,7 @@ TABLE: dict[str, Setting] = {
     "stop": Setting(list, "End the answer before this text (may be given several times)."),
     "ctx": Setting(int, "Context in tokens: question, reasoning and answer together.", low=1),
     "device": Setting(str, "Where to compute: auto, cpu or cuda."),
+    "vram": Setting(str, "Most memory to use of the GPU, like 20GB."),
     "threads": Setting(int, "CPU threads.", low=1),
     "numerics": Setting(str, "official: as DeepSeek's own code rounds its caches; plain: without that rounding.",
                         choices=("plain", "official")),

@@ -31,3 +31,9 @@ def size_of(text: str | None, option: str) -> int | None:
     if match is None or match[2] not in UNITS or not float(match[1]):
         raise UsageError(f"{option} {text}: that is no size.", "Write it as 80GB or 74.5GiB.")
     return int(float(match[1]) * UNITS[match[2]])
+
+
+def sizes_of(text: str | None, option: str) -> list[int]:
+    """Bytes of "24GB" or "24GB,16GB"; none for None. Raises UsageError as `size_of` does."""
+    found = [size_of(part, option) for part in text.split(",")] if text is not None else []
+    return [size for size in found if size is not None]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 HEADINGS = ("depth", "prompt tok/s", "decode tok/s", "read per token", "bandwidth", "bound tok/s", "reached")
 
 
-@with_settings("device", "threads", "numerics", "quiet")
+@with_settings("device", "vram", "threads", "numerics", "quiet")
 def bench(
     model: Model,
     prompt: Annotated[int, typer.Option(metavar="N", help="Tokens of the prompt.")] = 512,
@@ -38,13 +38,14 @@ def bench(
     """
     catalog.resolve(model).located()
     depths = depths_of(depth)
-    from dsv4cli.commands.opening import prepare_kernels
+    from dsv4cli.commands.opening import prepare_kernels, to_open
     from dsv4cli.engine import bench as engine_bench
 
     plan = engine_bench.Plan(prompt, gen, depths, repeat)
+    asked = to_open(chosen, "device", "vram", "threads", "numerics")
     prepare_kernels(chosen["quiet"])
     with console.progress(chosen["quiet"]) as report:
-        rows = list(engine_bench.measure(model, plan, report=report, **chosen.chosen("device", "threads", "numerics")))
+        rows = list(engine_bench.measure(model, plan, report=report, **asked))
     if json:
         console.print_json([asdict(row) for row in rows])
         return

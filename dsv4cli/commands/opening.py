@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dsv4cli import console
+from dsv4cli.commands.arguments import sizes_of
 from dsv4cli.commands.options import OPENING
 from dsv4cli.commands.pull import offer
 from dsv4cli.commands.show import architecture
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def open_engine(model: str, chosen: Settings) -> Engine:
     """Opens `model`; what nobody chose is left to the engine. Here torch is imported, after the name was found good."""
-    entry = catalog.resolve(model)
+    entry, asked = catalog.resolve(model), to_open(chosen)
     if entry.path is None:
         offer(entry)
         entry = catalog.resolve(model)
@@ -27,11 +28,17 @@ def open_engine(model: str, chosen: Settings) -> Engine:
     with console.working(f"opening {entry.name}…", chosen["quiet"]):
         from dsv4cli.engine import Engine
 
-        engine = Engine.open(model, **chosen.chosen(*OPENING))
+        engine = Engine.open(model, **asked)
     if not chosen["quiet"]:
         for line in warnings(engine.name, engine.plan):
             console.note(line)
     return engine
+
+
+def to_open(chosen: Settings, *names: str) -> dict[str, Any]:
+    """Of the settings for opening (or those of these names), the ones that somebody chose, as the engine takes them."""
+    asked = chosen.chosen(*(names or OPENING))
+    return {**asked, "vram": sizes_of(asked["vram"], "--vram")} if "vram" in asked else asked
 
 
 def warnings(name: str, plan: MemoryPlan) -> list[str]:
@@ -62,22 +69,33 @@ def prepare_kernels(quiet: bool) -> None:
 
 def facts(engine: Engine) -> list[tuple[str, str]]:
     """What a user wants to know before the first question, as names and values."""
-    plan = engine.plan
-    available = f" of {console.in_bytes(plan.available)} available" if plan.available is not None else ""
+    from dsv4cli.engine.tiers import placed
+
+    plan, experts = engine.plan, placed(engine.plan)
+    cards = [("GPU memory" if len(plan.cards) == 1 else f"GPU {number}", _of(card.needed, card.available))
+             for number, card in enumerate(plan.cards)]
     return [
         ("model", engine.name),
         ("release", engine.release),
         ("context", f"{plan.context:,} tokens"),
-        ("memory", f"{console.in_bytes(plan.needed)}{available}"),
-        *([("experts", plan.experts_told().removeprefix("experts "))] if plan.on_disk else []),
+        *cards,
+        ("memory", _of(plan.needed - plan.on_disk, plan.available)),
+        *([("experts", experts.told())] if experts.vram or experts.disk else []),
         ("numerics", engine.numerics),
         ("backend", backends(engine)),
     ]
 
 
+def _of(needed: int, available: int | None) -> str:
+    return console.in_bytes(needed) + (f" of {console.in_bytes(available)} available" if available is not None else "")
+
+
 def details(engine: Engine) -> list[tuple[str, str]]:
     """The facts with the whole memory plan and the architecture."""
-    return [*facts(engine), ("device", f"{engine.device}: {engine.device_reason}"), ("memory plan", engine.plan.parts()),
+    from dsv4cli.engine.memory import told
+
+    held = [(f"plan of GPU {number}", told(card.sizes())) for number, card in enumerate(engine.plan.cards)]
+    return [*facts(engine), ("device", f"{engine.device}: {engine.device_reason}"), *held, ("memory plan", engine.plan.parts()),
             *architecture(engine.config).items()]
 
 

@@ -11,7 +11,7 @@ import typer
 from dsv4cli import settings
 from dsv4cli.errors import UsageError
 
-OPENING = ("ctx", "device", "threads", "numerics", "release")
+OPENING = ("ctx", "device", "vram", "threads", "numerics", "release")
 SAMPLING = ("temp", "top_p", "min_p", "top_k", "repeat_penalty", "seed")
 LENGTH = ("max_tokens", "think_budget", "stop")
 TALKING = ("think", "system", *SAMPLING, *LENGTH, *OPENING, "stats", "quiet")

@@ -3,72 +3,85 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dsv4cli import console
-from dsv4cli.commands.arguments import Json, Model, size_of
+from dsv4cli.commands.arguments import Json, Model, size_of, sizes_of
 from dsv4cli.commands.options import with_settings
 from dsv4cli.errors import CapacityError
 from dsv4cli.registry import catalog
 from dsv4cli.settings import Settings
 
 if TYPE_CHECKING:
-    from dsv4_quant.files.headers import Header
     from dsv4cli.engine.memory import MemoryPlan
+    from dsv4cli.engine.tiers import Tiers
 
 
 @with_settings("ctx", "numerics")
 def plan(
     model: Model,
+    vram: Annotated[str | None, typer.Option(
+        metavar="SIZE[,SIZE]", help="Plan for GPUs with so much free memory each (24GB, or 24GB,24GB).")] = None,
     ram: Annotated[str | None, typer.Option(
         metavar="SIZE", help="Plan for so much memory (64GB) instead of what this machine has free.")] = None,
     json: Json = False,
     *,
     chosen: Settings,
 ) -> None:
-    """Show what a model will need, by purpose, and whether that fits.
+    """Show what a model will need, by tier and purpose, and whether that fits.
 
     `run` and `chat` make the same plan before they load anything. Weights are read through the system's cache: what is
     counted for them is what has to stay there for decoding at full speed. A model whose routed experts do not fit runs
-    from the disk, slower; leaves with 3 when not even the rest fits.
+    from the disk, slower; leaves with 3 when not even the rest fits. Without --vram the CPU computes.
     """
     entry = catalog.resolve(model)
     from dsv4_quant.files.headers import read_header
-    from dsv4cli.engine.memory import available_memory, plan_model
+    from dsv4cli.engine import advice, memory, tiers
 
     header = read_header(entry.located())
-    available = available_memory() if ram is None else size_of(ram, "--ram")
-    numerics = chosen["numerics"] or "official"
-    made = plan_model(header, entry.name, ctx=chosen["ctx"], numerics=numerics, available=available)
+    available = memory.available_memory() if ram is None else size_of(ram, "--ram")
+    cards, numerics = sizes_of(vram, "--vram"), chosen["numerics"] or "official"
+
+    def planned(ctx: int | None) -> MemoryPlan:
+        return memory.plan_model(header, entry.name, ctx=ctx, numerics=numerics, available=available, cards=cards)
+
+    made = planned(chosen["ctx"])
+    parts, counts = tiers.by_tier(header, made), tiers.placed(made)
+    notes = advice.to_speed_up(header, made) if made.runs else []
     if json:
         console.print_json({"name": entry.name, "numerics": numerics, **asdict(made), "needed": made.needed, "fits": made.fits,
-                            "least": made.least, "runs": made.runs, "on_disk": made.on_disk})
+                            "least": made.least, "runs": made.runs, "on_disk": made.on_disk, "tiers": parts,
+                            "placed": counts._asdict(), "advice": notes})
     else:
-        console.table(("PURPOSE", "SIZE", "WHERE"), rows(made), right=[1])
+        console.table(("PURPOSE", *parts), rows(made, parts), right=range(1, 1 + len(parts)))
+        print()
+        console.pairs([("context", f"{made.context:,} tokens"), *([("experts", counts.told())] if counts.told() else []),
+                       *(("note", note) for note in notes)])
     if not made.runs:
-        raise CapacityError(f"{entry.name} does not fit: it needs {console.in_bytes(made.least)}, and "
-                            f"{console.in_bytes(made.available or 0)} are available.", advice(header, made, numerics))
+        refuse(entry.name, made, advice.to_run(header, made, planned))
 
 
-def rows(made: MemoryPlan) -> list[tuple[str, str, str]]:
-    """Purpose, size and place of every part, their sum, and what there is."""
-    where = {"weights": "mapped file", "routed experts": made.experts_told() or "mapped file"}
-    parts = [(purpose, console.in_bytes(size), where.get(purpose, "memory"))
-             for purpose, size in made.sizes().items() if size]
-    free = [] if made.available is None else [("available", console.in_bytes(made.available), "")]
-    return [*parts, ("needed", console.in_bytes(made.needed), ""), *free]
+def rows(made: MemoryPlan, parts: Tiers) -> list[tuple[str, ...]]:
+    """A row for each purpose with its bytes in every tier, their sums, and what there is."""
+    from dsv4cli.engine.tiers import PURPOSES
+
+    free: dict[str, int | None] = dict(zip(parts, (card.available for card in made.cards), strict=False))
+    free["RAM"] = made.available
+    table = [(what, *(_size(tier.get(what)) for tier in parts.values())) for what in PURPOSES
+             if any(what in tier for tier in parts.values())]
+    table.append(("needed", *(_size(sum(tier.values())) for tier in parts.values())))
+    return [*table, ("available", *(_size(free.get(tier)) for tier in parts))] if any(free.values()) else table
 
 
-def advice(header: Header, made: MemoryPlan, numerics: str) -> str:
-    """What to change so that it fits: the longest context, halving, that would; else less weight."""
-    from dsv4cli.engine.memory import SMALLEST_CONTEXT, plan_model
+def refuse(name: str, made: MemoryPlan, hint: str) -> None:
+    """Raises the plan's own CapacityError with a hint that has numbers."""
+    try:
+        made.demand_fit(name)
+    except CapacityError as error:
+        raise CapacityError(error.message, hint) from None
 
-    tokens = made.context // 2
-    while tokens >= SMALLEST_CONTEXT:
-        if plan_model(header, "", ctx=tokens, numerics=numerics, available=made.available).runs:
-            return f"--ctx {tokens} would fit."
-        tokens //= 2
-    over: Any = made.least - (made.available or 0)
-    return f"No context is short enough: {console.in_bytes(over)} have to go. Choose a smaller quantisation, or more memory."
+
+def _size(nbytes: int | None) -> str:
+    return console.in_bytes(nbytes) if nbytes else ""

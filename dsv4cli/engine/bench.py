@@ -63,7 +63,7 @@ class Row:
     bound_tok_s: float | None
 
 
-def measure(name: str, plan: Plan, *, numerics: str = "official", device: str = "auto",
+def measure(name: str, plan: Plan, *, numerics: str = "official", device: str = "auto", vram: Sequence[int] = (),
             threads: int | None = None, report: Callable[[int, int], None] | None = None) -> Iterator[Row]:
     """Measures a model by alias or path, which needs no tokenizer: the tokens are random, the same in every run.
 
@@ -74,7 +74,7 @@ def measure(name: str, plan: Plan, *, numerics: str = "official", device: str = 
     if plan.longest > source.config.max_position_embeddings:
         raise UsageError(f"{plan.longest} tokens do not fit into {entry.name}'s {source.config.max_position_embeddings}.",
                          "Choose a smaller --depth.")
-    place = opening.place_of(source, entry.name, plan.longest, numerics, device)
+    place = opening.place_of(source, entry.name, plan.longest, numerics, device, vram)
     use_threads(threads, place.plan)
     opening.read_ahead(source, place.plan)
     model = Model.bind(source, numerics=numerics, device=place.device)

@@ -4,7 +4,7 @@ A card has to be one that our kernels can use, and the model has to fit into its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,6 +90,16 @@ def card_trouble() -> str | None:
     return None
 
 
-def free_on_card() -> int:
-    """Bytes that the card has left for this process, torch's own unused ones among them."""
-    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+def free_on_cards(limits: Sequence[int] = ()) -> list[int]:
+    """Bytes that each card has left for this process, torch's own unused ones among them, but at most its limit.
+
+    Raises UsageError for a limit that is more than the card has, and for limits of several: a model runs on one.
+    """
+    if len(limits) > 1:
+        raise UsageError(f"--vram names {len(limits)} GPUs, but a model runs on one.", "Give one size.")
+    free, installed = torch.cuda.mem_get_info()
+    if limits and limits[0] > installed:
+        raise UsageError(f"--vram asks for {in_bytes(limits[0])}, but the GPU has {in_bytes(installed)}.",
+                         "Give less, or leave --vram out to use what is free.")
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return [min([free, *limits])]

@@ -32,12 +32,13 @@ class Engine(Loaded):
 
     @classmethod
     def open(cls, model: str | Path = "tiny", *, numerics: str = "official", device: str = "auto",
-             threads: int | None = None, ctx: int | None = None, release: str | None = None) -> Engine:
+             vram: Sequence[int] = (), threads: int | None = None, ctx: int | None = None, release: str | None = None) -> Engine:
         """Opens a model by alias, checkpoint folder or .gguf path.
 
         device: "cpu", "cuda" (torch calls AMD's cards so too), or "auto": cuda where a card is and the model fits into its
-        memory. ctx None chooses the longest usual context that fits. threads hold for the whole process; None means one per
-        physical core, but 1 for a very small model. Raises UsageError (unknown name, bad value),
+        memory. vram: the most bytes to use of the card, which also asks for one. ctx None chooses the longest usual context
+        that fits. threads hold for the whole process; None means one per physical core, but 1 for a very small model. Raises
+        UsageError (unknown name, bad value),
         CapacityError with both numbers before anything is loaded that does not fit, and what the reader raises for a
         damaged or unknown file.
         """
@@ -46,7 +47,7 @@ class Engine(Loaded):
         _demand_threads(threads)
         entry = catalog.resolve(str(model))
         source = open_source(entry.located())
-        place = opening.place_of(source, entry.name, ctx, numerics, device)
+        place = opening.place_of(source, entry.name, ctx, numerics, device, vram)
         use_threads(threads, place.plan)
         opening.read_ahead(source, place.plan)
         model_there = Model.bind(source, numerics=numerics, device=place.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 from dsv4_kernels import backends
 from dsv4_quant.files import Source
@@ -11,7 +12,7 @@ from dsv4_quant.files.mapping import advised_at_once
 from dsv4cli.console import in_bytes
 from dsv4cli.encoding.tokenizer import Tokenizer
 from dsv4cli.engine.cards import UNREAD
-from dsv4cli.engine.device import Place, free_on_card, settle
+from dsv4cli.engine.device import Place, free_on_cards, settle
 from dsv4cli.engine.memory import (
     LOADED_LATER,
     MemoryPlan,
@@ -27,19 +28,21 @@ RECOMMENDED = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty")  
 WHOLE_NUMBERS = ("i8", "i16", "i32", "i64")  # tables, which are decoded when they are bound
 
 
-def place_of(source: Source, name: str, ctx: int | None, numerics: str, device: str) -> Place:
-    """Where `source` will compute, and what it will need there, told before its weights are read. Raises UsageError for a
-    context that the model does not have or a device that is not here, CapacityError (both numbers) for one that the machine
-    does not have."""
+def place_of(source: Source, name: str, ctx: int | None, numerics: str, device: str, vram: Sequence[int] = ()) -> Place:
+    """Where `source` will compute, and what it will need there, told before its weights are read.
+
+    vram: the most bytes to use of the card; `auto` is that card then. Raises UsageError for a context that the model does not
+    have, a device that is not here and more `vram` than a card has, CapacityError (both numbers) for a context that the
+    machine does not have."""
     def plan_for(where: str) -> MemoryPlan:
         _demand_addresses(source, name)
-        cards = [free_on_card()] if where == "cuda" else []
+        cards = free_on_cards(vram) if where == "cuda" else []
         program, free = resident_bytes(), available_memory()
         available = None if free is None else free + program  # what this process holds already is in the plan
         return plan_model(source.header, name, ctx=ctx, numerics=numerics, available=available, cards=cards,
                           program=program + LOADED_LATER, decodes=backends.cpu_trouble() is not None)
 
-    return settle(name, device, _formats(source), plan_for)
+    return settle(name, "cuda" if vram and device == "auto" else device, _formats(source), plan_for)
 
 
 def _demand_addresses(source: Source, name: str) -> None:

@@ -36,12 +36,19 @@ def layer_state_bytes(config: ModelConfig, layer: int, tokens: int, numerics: st
         raise UsageError(f"Caches of {numerics} numerics cannot be packed without loss.", "Use the official ones.")
     value = CACHE_BYTES[numerics]
     key, index = (_packed_rows(config) if packed else (config.head_dim * value, config.index_head_dim * value))
-    total, ratio = config.sliding_window * key, config.ratio(layer)
+    total, ratio = layer_pending_bytes(config, layer) + config.sliding_window * key, config.ratio(layer)
     if ratio:
-        total += pending_bytes(ratio, config.head_dim) + tokens // ratio * key
+        total += tokens // ratio * key
     if ratio == OVERLAPPING:
-        total += pending_bytes(ratio, config.index_head_dim) + tokens // ratio * index
+        total += tokens // ratio * index
     return total
+
+
+def layer_pending_bytes(config: ModelConfig, layer: int) -> int:
+    """Of one layer's state: the groups that its compressors are filling."""
+    ratio = config.ratio(layer)
+    index = _pending_bytes(ratio, config.index_head_dim) if ratio == OVERLAPPING else 0
+    return index + (_pending_bytes(ratio, config.head_dim) if ratio else 0)
 
 
 def _packed_rows(config: ModelConfig) -> tuple[int, int]:
@@ -51,7 +58,7 @@ def _packed_rows(config: ModelConfig) -> tuple[int, int]:
             config.index_head_dim // 2 + config.index_head_dim // SCALED[1])
 
 
-def pending_bytes(ratio: int, width: int) -> int:
+def _pending_bytes(ratio: int, width: int) -> int:
     """Of a group being filled: keys and scores; where groups overlap also of the one before, and twice as wide."""
     doubled = 2 if ratio == OVERLAPPING else 1
     return 2 * (doubled * ratio) * (doubled * width) * 4

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsv4cli.commands import opening
 from dsv4cli.engine import memory
@@ -34,15 +35,17 @@ def test_a_plan_for_programs(run_dsv4: Run) -> None:
 def test_a_plan_for_people(run_dsv4: Run) -> None:
     done = run_dsv4("plan", "tiny", "--ram", "2GB")
     assert done.code == 0, done.err
-    assert "state for 32768 tokens" in done.out
-    assert done.out.splitlines()[-1].split() == ["available", "2.0", "GB"]
+    lines = done.out.splitlines()
+    assert lines[0].split() == ["PURPOSE", "RAM", "disk"]
+    assert ["available", "2.0", "GB"] in map(str.split, lines)
+    assert ["context", "32,768", "tokens"] in map(str.split, lines)
 
 
 def test_what_does_not_fit_says_what_would(run_dsv4: Run) -> None:
     needs = json.loads(run_dsv4("plan", "tiny", "--ctx", "8192", "--json").out)["needed"]
     done = run_dsv4("plan", "tiny", "--ctx", "32768", "--ram", str(needs + 10))
     assert done.code == 3
-    assert "tiny does not fit" in done.err
+    assert "tiny needs" in done.err
     assert "--ctx 8192 would fit" in done.err
     done = run_dsv4("plan", "tiny", "--ram", "100MB", "--json")
     assert done.code == 3
@@ -68,15 +71,45 @@ def test_experts_for_which_there_is_no_memory_stay_on_the_disk(run_dsv4: Run, tm
     assert (whole["fits"], whole["on_disk"], whole["experts"] > 0) == (True, 0, True)
     done = run_dsv4("plan", model, "--ctx", "512", "--ram", str(whole["needed"] - whole["experts"] // 2))
     assert done.code == 0, done.err
-    assert "the rest is read from the disk" in next(line for line in done.out.splitlines() if line.startswith("routed experts"))
+    placed = next(line for line in done.out.splitlines() if line.startswith("experts"))
+    assert placed.split(maxsplit=1) == ["experts", "96 of 192 in RAM, 96 on the disk"]
     done = run_dsv4("plan", model, "--ctx", "512", "--ram", str(whole["least"] - 1))
     assert (done.code, "No context is short enough" in done.err) == (3, True)
+
+
+def test_a_machine_with_cards(run_dsv4: Run, tmp_path: Path) -> None:
+    shape = Shape(ratios=(0, 4), hidden=1024, width=512, experts=96, q_rank=128)
+    model = str(Checkpoint(shape, seed=2).write(tmp_path / "large"))
+    done = run_dsv4("plan", model, "--ctx", "512", "--vram", "660MB", "--json")
+    assert done.code == 0, done.err
+    made = json.loads(done.out)
+    (card,) = made["cards"]
+    assert 0 < card["slots"] < card["experts"] == made["routed"] == 192
+    assert made["placed"] == {"vram": card["slots"], "ram": 192 - card["slots"], "disk": 0}
+    assert sum(made["tiers"]["GPU"].values()) <= 660_000_000
+    done = run_dsv4("plan", model, "--ctx", "512", "--vram", "1GB,1GB")
+    assert done.out.split("\n")[0].split() == ["PURPOSE", "GPU", "0", "GPU", "1", "RAM"]
+    done = run_dsv4("plan", model, "--vram", "100MB")
+    assert done.code == 3
+    assert "memory of the GPU" in done.err
 
 
 def test_a_size_that_is_none(run_dsv4: Run) -> None:
     done = run_dsv4("plan", "tiny", "--ram", "much")
     assert done.code == 2
     assert "--ram much" in done.err
+    done = run_dsv4("plan", "tiny", "--vram", "24GB,")
+    assert done.code == 2
+    assert "--vram" in done.err
+
+
+def test_more_of_a_card_than_there_is(run_dsv4: Run) -> None:
+    """Without a card, a share of one cannot be had either; a limit that is no size is said before anything is opened."""
+    done = run_dsv4("bench", "tiny", "--vram", "5XB")
+    assert (done.code, "--vram 5XB" in done.err) == (2, True)
+    if not torch.cuda.is_available():
+        done = run_dsv4("bench", "tiny", "--vram", "4GB")
+        assert (done.code, "Nothing can run on cuda" in done.err) == (2, True)
 
 
 def test_no_torch_is_needed() -> None:

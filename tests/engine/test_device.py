@@ -113,3 +113,17 @@ def test_every_layout_finds_its_place(tmp_path: Path) -> None:
     assert opening.place_of(gguf, "random", 512, "official", "cpu").reason == "it was asked for"
     with pytest.raises(UsageError, match="Nothing can run on cuda"):
         opening.place_of(gguf, "random", 512, "official", "cuda")
+
+
+@pytest.mark.usefixtures("card")
+def test_a_limit_is_the_most_that_is_used_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * 10**9, 24 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10**9)
+    assert device.free_on_cards() == [22 * 10**9]
+    assert device.free_on_cards([8 * 10**9]) == [8 * 10**9]
+    assert device.free_on_cards([23 * 10**9]) == [22 * 10**9]
+    with pytest.raises(UsageError, match=r"--vram asks for 25\.0 GB, but the GPU has 24\.0 GB"):
+        device.free_on_cards([25 * 10**9])
+    with pytest.raises(UsageError, match="--vram names 2 GPUs"):
+        device.free_on_cards([10**9, 10**9])
