@@ -26,8 +26,8 @@ PROMPT = 10
 PRODUCTS = {"hyper", "linear", "moe", "router"}
 # Layers of no, 4 and 128 tokens to an entry: products, experts and streams; then everything.
 OF_PRODUCTS = (16, 16, 16)
-ORDINARY, FULL_GROUP = (26, 31, 26), (23, 44, 26)  # the first token of all makes three small tensors to keep
-AROUND = 22  # before the first layer and after the last one
+ORDINARY, FULL_GROUP = (25, 29, 24), (22, 38, 24)  # the first token of all makes three small tensors to keep
+AROUND = 23  # before the first layer and after the last one
 
 
 @pytest.fixture(scope="module")
