@@ -232,7 +232,9 @@ def fitting(random: Generator, room: int) -> RandomSource | None:
 
 
 def whole(source: RandomSource, s: Sizes, roof: Ceilings, eager: bool) -> Iterator[Row]:
-    """The model's prompt and decode rates; the host reads one number a token. eager: launches are not recorded. Raises RuntimeError where logits are no numbers."""
+    """The model's prompt and decode rates; the host reads one number a token. eager: launches are not recorded.
+
+    Raises RuntimeError where logits are no numbers."""
     device = source.random.device
     model = Model.bind(source, expand_limit=0, device=device.type, records=not eager)  # type: ignore[arg-type]  # bind asks no more
     same = {"format": "q2", "layers": len(model.blocks)}
@@ -339,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", choices=("", *OPERATIONS))
-    parser.add_argument("--eager", action="store_true", help="describe every decoded token anew instead of replaying a CUDA graph")
+    parser.add_argument("--eager", action="store_true", help="describe every decoded token anew, without CUDA graphs")
     parser.add_argument("--gguf", help="a file for llama-bench")
     parser.add_argument("--small", action="store_true", help="everything small, in Triton's interpreter")
     parser.add_argument("--out", help="CSV to append the rows to")
