@@ -262,11 +262,11 @@ def _down(hidden: Pointer, chosen: Pointer, offsets: Pointer, down: Pointer, dow
     subs); then the rows join the streams."""
     token, one = tl.program_id(1), tl.arange(0, 1)
     own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    out = down_rows(hidden, chosen, offsets, down, down_apart, own, token, slots, experts, rows, subs, cols, row_bytes, apart_cols,
-                    FORMAT, FIELDS, LANES, UNIT, ROWS, SUBS)[None, :]
+    out = down_rows(hidden, chosen, offsets, down, down_apart, own, token, slots, experts, rows, subs, cols, row_bytes,
+                    apart_cols, FORMAT, FIELDS, LANES, UNIT, ROWS, SUBS)[None, :]
     data, apart, own_subs, own_cols, own_bytes, own_apart = last
-    out += few_sums(common + token.to(tl.int64) * own_cols, data, apart, common, 0.0, own, one, 0, 1, 1, rows, own_subs, own_cols, own_bytes,
-                    own_apart, KIND[0], KIND[1], KIND[2], 1, ROWS, KIND[3], False)
+    out += few_sums(common + token.to(tl.int64) * own_cols, data, apart, common, 0.0, own, one, 0, 1, 1, rows, own_subs, own_cols,
+                    own_bytes, own_apart, KIND[0], KIND[1], KIND[2], 1, ROWS, KIND[3], False)
     _join(out, own, token + one, given, tl.program_id(0), tl.num_programs(0), tl.num_programs(1), rows, 1, ROWS, S, M)
 
 
