@@ -7,8 +7,9 @@ from torch import Tensor
 from dsv4_kernels.attention import Entries, sparse_attention
 from dsv4_kernels.cache import keep_keys
 from dsv4_kernels.indexer import top_indices
-from dsv4_kernels.linear import Norm, grouped_linear, linear, linears
+from dsv4_kernels.linear import Norm, grouped_linear, linears
 from dsv4_kernels.norm_rope import norm_rotate, rotate
+from dsv4_kernels.residual import Joined, Residual, project_into_streams
 from dsv4_quant.config import ModelConfig
 from dsv4cli.model.compressor import Compressor
 from dsv4cli.model.numerics import Numerics
@@ -39,8 +40,8 @@ class Attention:
             self.indexer = Indexer(weights.indexer, config, ratio, numerics)
             self.of_x += self.indexer.of_x
 
-    def __call__(self, x: Tensor, step: Step, state: LayerState) -> Tensor:
-        """x [t, hidden], normed -> [t, hidden]; the tokens' keys join the state."""
+    def __call__(self, x: Tensor, step: Step, state: LayerState, residual: Residual) -> Joined:
+        """x [t, hidden], normed; what comes out joins the streams, and the tokens' keys the state."""
         w, c = self.weights, self.config
         turns = step.compress_turns if self.ratio else step.window_turns
         latent, kv, *compressed = linears(x, self.of_x)
@@ -54,7 +55,8 @@ class Attention:
         entries = self._entries(compressed, index_q, step, state)
         # A key carries its rotation into the value it also is; turning back leaves only the distance to the query.
         out = sparse_attention(q, recent, entries, w.sink, c.sliding_window, turns, step.live)
-        return linear(grouped_linear(out.reshape(len(x), c.o_groups, -1), w.wo_a).flatten(1), w.wo_b)
+        out = grouped_linear(out.reshape(len(x), c.o_groups, -1), w.wo_a).flatten(1)
+        return project_into_streams(out, w.wo_b, residual)
 
     def _entries(self, compressed: list[Tensor], index_q: list[Tensor], step: Step, state: LayerState) -> Entries | None:
         """What of the compressed past each token sees; index_q is empty where nothing has to be chosen."""

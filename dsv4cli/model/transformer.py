@@ -12,6 +12,7 @@ from torch import Tensor
 from dsv4_kernels import backends
 from dsv4_kernels.hyper import HyperSettings, merge_streams
 from dsv4_kernels.linear import Norm, embed, linears
+from dsv4_kernels.residual import Joined
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.files import Source
 from dsv4cli.errors import UsageError
@@ -42,7 +43,9 @@ class Model:
         self.records = records
         self.device = weights.norm.device
         self.rope = Rope.of(config).to(self.device)
-        self.blocks = [Block(layer, config, number, numerics) for number, layer in enumerate(weights.layers)]
+        readers = [*(layer.hc_attn for layer in weights.layers[1:]), weights.hc_head]
+        self.blocks = [Block(layer, config, number, numerics, reader.fn)
+                       for number, (layer, reader) in enumerate(zip(weights.layers, readers, strict=True))]
 
     @classmethod
     def bind(cls, source: Source, *, numerics: str = "official", expand_limit: int = EXPAND_LIMIT,
@@ -123,13 +126,16 @@ class Model:
 
     def _computed(self, streams: Tensor, step: Step, state: State, wanted: int) -> Tensor:
         """Moves the state over a step; logits [wanted, vocab] of its last tokens, or what is left of the streams."""
+        given = Joined(streams)
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            streams = block(streams, step, layer)
-        return self._head(streams[-wanted:]) if wanted else streams
+            given = block(given, step, layer)
+        return self._head(given, wanted) if wanted else given.streams
 
-    def _head(self, streams: Tensor) -> Tensor:
+    def _head(self, given: Joined, wanted: int) -> Tensor:
+        """Logits [wanted, vocab] of the last tokens."""
         w, c = self.weights, self.config
-        merged = merge_streams(streams, w.hc_head, HyperSettings(c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters))
+        streams, sums = given.streams[-wanted:], None if given.sums is None else given.sums[-wanted:]
+        merged = merge_streams(streams, w.hc_head, HyperSettings(c.rms_norm_eps, c.hc_eps, c.hc_sinkhorn_iters), sums)
         return linears(merged, [w.head], Norm(w.norm, c.rms_norm_eps))[0]
 
     def _check(self, ids: Tensor, state: State) -> None:
