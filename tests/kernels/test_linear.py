@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4_kernels.linear import embed, grouped_linear, linear
+from dsv4_kernels.linear import Norm, embed, grouped_linear, linear, linears
 from dsv4_quant.formats import FORMATS, Packed
 from tests.support.tolerance import assert_close
 
@@ -88,3 +88,13 @@ def test_doors_name_the_numbers() -> None:
         grouped_linear(torch.zeros(1, 3, 8), torch.zeros(5, 8))
     with pytest.raises(ValueError, match=r"ids has shape \[1, 1\]"):
         embed(torch.zeros(1, 1, dtype=torch.int64), torch.zeros(5, 8))
+
+
+def test_an_input_may_be_normed_first(random: torch.Generator) -> None:
+    x, norm = torch.randn(3, 8, generator=random, dtype=torch.float64), torch.randn(8, generator=random, dtype=torch.float64)
+    weights = [torch.randn(rows, 8, generator=random, dtype=torch.float64) for rows in (2, 5)]
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * norm
+    for part, weight in zip(linears(x, weights, Norm(norm, 1e-3)), weights, strict=True):
+        assert_close(part, normed @ weight.T)
+    with pytest.raises(ValueError, match="norm weight"):
+        linears(x, weights, Norm(norm[:4], 1e-3))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dsv4_kernels.backends import pick
-from dsv4_kernels.linear import embed, grouped_linear, linear, ref
+from dsv4_kernels.linear import Norm, embed, grouped_linear, linear, ref
 from dsv4_kernels.unpack import FLOATS, LAYOUTS
 from dsv4_quant.formats import Packed
 from tests.kernels.interpreter import QUIET, of
@@ -71,6 +71,18 @@ def test_several_matrices_in_one_launch(tokens: int, random: torch.Generator) ->
     for part, weight in zip(found, weights, strict=True):
         assert torch.equal(part, linear(x, weight))
         assert_close(part, ref.linear(x.double(), weight).float(), 2e-5 if tokens <= gpu.FEW else ROUNDED)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 9])
+@pytest.mark.parametrize("cols", [1120, 1280])
+def test_an_input_is_normed_by_the_launch_that_multiplies_it(cols: int, tokens: int, random: torch.Generator) -> None:
+    """One or several fields to a byte, and rows that end within a tile."""
+    names = ("q8_0", "f32") if cols % 256 else ("q2_k", "iq2_xxs")
+    weights = [made(name, 5, cols, random) for name in names]
+    x, norm = 3 * torch.randn(tokens, cols, generator=random), Norm(torch.randn(cols, generator=random), 1e-6)
+    expected = ref.linears(x.double(), weights, Norm(norm.weight.double(), norm.eps))
+    for part, wanted in zip(gpu.linears(x, weights, norm), expected, strict=True):
+        assert_close(part, wanted.float(), 2e-5 if tokens <= gpu.FEW else ROUNDED)
 
 
 def test_several_matrices_are_few_launches(random: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import backends
-from dsv4_kernels.linear import grouped_linear, linear, linears, ref
+from dsv4_kernels.linear import Norm, grouped_linear, linear, linears, ref
 from dsv4_kernels.native.weights import FORMATS, native
+from dsv4_kernels.norm_rope import rms_norm
 from dsv4_quant.formats import FORMATS as ALL_FORMATS
 from dsv4_quant.formats import Packed, fp4, fp8_e4m3, q8_0
 from tests.kernels.native import kernels  # noqa: F401
@@ -193,3 +194,10 @@ def test_among_several_one_may_have_no_kernel(random: torch.Generator) -> None:
     assert_close(linears(x, weights)[1], x @ weights[1].T)
     with pytest.raises(ValueError, match="weight has shape"):
         linears(x[:, 1:], weights)
+
+
+def test_an_input_is_normed_before_it_is_multiplied(random: torch.Generator) -> None:
+    weights = [made("q8_0", 7, 64, random), made("f32", 3, 64, random)]
+    x, norm = torch.randn(2, 64, generator=random), Norm(torch.randn(64, generator=random), 1e-6)
+    for part, expected in zip(linears(x, weights, norm), linears(rms_norm(x, *norm), weights), strict=True):
+        assert torch.equal(part, expected)

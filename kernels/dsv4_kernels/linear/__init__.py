@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -12,6 +12,13 @@ from dsv4_kernels.checks import demand_multiple, demand_shape
 from dsv4_quant.formats import Packed
 
 Weight: TypeAlias = Packed | Tensor  # a matrix [out, in], packed as in its file or already expanded
+
+
+class Norm(NamedTuple):
+    """An RMS norm in front of a product."""
+
+    weight: Tensor  # [in]
+    eps: float
 
 
 def linear(x: Tensor, weight: Weight, *, backend: str | None = None) -> Tensor:
@@ -23,14 +30,16 @@ def linear(x: Tensor, weight: Weight, *, backend: str | None = None) -> Tensor:
     return pick("linear", x.device.type, backend).module.linear(x, weight)
 
 
-def linears(x: Tensor, weights: Sequence[Weight], *, backend: str | None = None) -> list[Tensor]:
+def linears(x: Tensor, weights: Sequence[Weight], norm: Norm | None = None, *, backend: str | None = None) -> list[Tensor]:
     """The products of one x [..., in] with several matrices [out, in], in their order: what `linear` makes of each.
 
-    Raises ValueError when an inner size differs.
+    With norm, x is RMS-normed first. Raises ValueError when an inner size differs.
     """
     for weight in weights:
         demand_shape("weight", weight, None, x.shape[-1])
-    return pick("linear", x.device.type, backend).module.linears(x, weights)
+    if norm is not None:
+        demand_shape("norm weight", norm.weight, x.shape[-1])
+    return pick("linear", x.device.type, backend).module.linears(x, weights, norm)
 
 
 def grouped_linear(x: Tensor, weight: Weight, *, backend: str | None = None) -> Tensor:

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from torch import Tensor, float32
 
 from dsv4_kernels import alloc
+from dsv4_kernels.linear import Norm, ref
 from dsv4_kernels.linear import Weight as Given
-from dsv4_kernels.linear import ref
 from dsv4_kernels.native.library import I, P, load, signature
 from dsv4_kernels.native.queue import by_torch, dense
 from dsv4_kernels.native.weights import Weight, native
+from dsv4_kernels.norm_rope.cpu import rms_norm
 
 signature("dsv4_linear", P, I, I, P, P)
 signature("dsv4_linears", P, I, P, I, P)
@@ -34,7 +35,9 @@ def linear(x: Tensor, weight: Given) -> Tensor:
     return out
 
 
-def linears(x: Tensor, weights: Sequence[Given]) -> list[Tensor]:
+def linears(x: Tensor, weights: Sequence[Given], norm: Norm | None = None) -> list[Tensor]:
+    if norm is not None:
+        x = rms_norm(x, *norm)
     found = [native(weight) for weight in weights]
     known = [struct for struct in found if struct is not None]
     if len(known) < len(found) or x.dtype != float32 or not x.numel():

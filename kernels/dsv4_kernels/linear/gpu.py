@@ -17,8 +17,9 @@ from torch import Tensor, float32, int64
 
 from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
-from dsv4_kernels.gpu import DOT, Pointer, Together, dense, padded
-from dsv4_kernels.linear import Weight, ref
+from dsv4_kernels.gpu import DOT, Block, Pointer, Together, dense, padded
+from dsv4_kernels.linear import Norm, Weight, ref
+from dsv4_kernels.norm_rope.gpu import rms_norm
 from dsv4_kernels.tuned import Sizes, default, options, tuned
 from dsv4_kernels.unpack import LAYOUTS, Layout, Matrix, matrix
 from dsv4_kernels.unpack.gpu import columns, met, multiplied, unpacked
@@ -36,17 +37,20 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     return out
 
 
-def linears(x: Tensor, weights: Sequence[Weight]) -> list[Tensor]:
+def linears(x: Tensor, weights: Sequence[Weight], norm: Norm | None = None) -> list[Tensor]:
     known = [found for weight in weights if (found := matrix(weight)) is not None]
     tokens = x.numel() // max(1, x.shape[-1])
-    if len(known) < len(weights) or not known or x.dtype != float32 or not 0 < tokens <= FEW:
+    if (len(known) < len(weights) or not known or x.dtype != float32 or not 0 < tokens <= FEW
+            or (norm is not None and norm.weight.dtype != float32)):
+        x = x if norm is None else rms_norm(x, *norm)
         return [linear(x, weight) for weight in weights]
     x = dense(x)
     out = [alloc.empty((*x.shape[:-1], found.rows), float32, x.device) for found in known]
-    kinds = tuple(_kind(found, tokens) for found in known)
+    kinds = tuple(kind_of(found, tokens) for found in known)
     _several[(sum(triton.cdiv(found.rows, kind[3]) for found, kind in zip(known, kinds, strict=True)),)](
         x, tuple((w.data, w.apart, to, w.rows, w.subs, w.row_bytes, w.apart_cols) for w, to in zip(known, out, strict=True)),
-        tokens, x.shape[-1], KINDS=kinds, TOKENS=padded(tokens), **options(tuned("linear.several", x.device)))
+        x if norm is None else dense(norm.weight), 0.0 if norm is None else norm.eps, tokens, x.shape[-1], KINDS=kinds,
+        TOKENS=padded(tokens), NORMED=norm is not None, **options(tuned("linear.several", x.device)))
     return out
 
 
@@ -79,8 +83,8 @@ def few_tile(layout: Layout, tokens: int, subs: int, rows: int, sizes: Sizes) ->
     return max(1, most // 2 if tokens > 4 or rows < 1024 else most), padded(min(subs, sizes["lanes"] // layout.lanes))
 
 
-def _kind(w: Matrix, tokens: int) -> tuple[str, int, int, int, int]:
-    """What `_several` has to know of a matrix when it is compiled: format, fields, lanes, and the tile of a program."""
+def kind_of(w: Matrix, tokens: int) -> tuple[str, int, int, int, int]:
+    """What a launch for several matrices is compiled for of each: format, fields, lanes, and the tile of a program."""
     return (w.format, *w.layout, *few_tile(w.layout, tokens, w.subs, w.rows, tuned("linear.several", w.data.device, w.format)))
 
 
@@ -113,46 +117,65 @@ def _multiply(x: Tensor, w: Matrix, groups: int, out: Tensor) -> None:
 def _few(x: Pointer, data: Pointer, apart: Pointer, out: Pointer, tokens: int, rows: int, subs: int, cols: int, row_bytes: int,
          apart_cols: int, FORMAT: tl.constexpr, FIELDS: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr,
          ROWS: tl.constexpr, SUBS: tl.constexpr) -> None:
-    _met_by_few(x, data, apart, out, tl.program_id(0), tl.program_id(1), tl.num_programs(1), tokens, rows, subs, cols, row_bytes,
-                apart_cols, FORMAT, FIELDS, LANES, TOKENS, ROWS, SUBS)
+    met_by_few(x, data, apart, out, x, 0.0, tl.program_id(0), tl.program_id(1), tl.num_programs(1), tokens, rows, subs, cols,
+               row_bytes, apart_cols, FORMAT, FIELDS, LANES, TOKENS, ROWS, SUBS, False)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _several(x: Pointer, matrices: Together, tokens: int, cols: int, KINDS: tl.constexpr, TOKENS: tl.constexpr) -> None:
+def _several(x: Pointer, matrices: Together, norm: Pointer, eps: float, tokens: int, cols: int, KINDS: tl.constexpr,
+             TOKENS: tl.constexpr, NORMED: tl.constexpr) -> None:
     """Several matrices that have nothing in common but their columns; each has its own programs, one after the other's.
-    KINDS: of each (FORMAT, FIELDS, LANES, ROWS, SUBS)."""
+    KINDS: of each (FORMAT, FIELDS, LANES, ROWS, SUBS). With NORMED every program norms what it reads, which is little."""
     program = tl.program_id(0)
     for each in tl.static_range(len(KINDS)):
         data, apart, out, rows, subs, row_bytes, apart_cols = matrices[each]
         programs = tl.cdiv(rows, KINDS[each][3])
         if (program >= 0) & (program < programs):
-            _met_by_few(x, data, apart, out, program, 0, 1, tokens, rows, subs, cols, row_bytes, apart_cols, KINDS[each][0],
-                        KINDS[each][1], KINDS[each][2], TOKENS, KINDS[each][3], KINDS[each][4])
+            met_by_few(x, data, apart, out, norm, eps, program, 0, 1, tokens, rows, subs, cols, row_bytes, apart_cols,
+                       KINDS[each][0], KINDS[each][1], KINDS[each][2], TOKENS, KINDS[each][3], KINDS[each][4], NORMED)
         program -= programs
 
 
 @triton.jit
-def _met_by_few(x: Pointer, data: Pointer, apart: Pointer, out: Pointer, program: int, group: int, groups: int, tokens: int,
-                rows: int, subs: int, cols: int, row_bytes: int, apart_cols: int, FORMAT: tl.constexpr, FIELDS: tl.constexpr,
-                LANES: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, SUBS: tl.constexpr) -> None:
+def met_by_few(x: Pointer, data: Pointer, apart: Pointer, out: Pointer, norm: Pointer, eps: float, program: int, group: int,
+               groups: int, tokens: int, rows: int, subs: int, cols: int, row_bytes: int, apart_cols: int, FORMAT: tl.constexpr,
+               FIELDS: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, SUBS: tl.constexpr,
+               NORMED: tl.constexpr) -> None:
     """The `program`-th ROWS rows of a group's matrix, times every token's activations of that group."""
-    own = program * ROWS + tl.arange(0, ROWS)
+    own, token = program * ROWS + tl.arange(0, ROWS), tl.arange(0, TOKENS)
+    sums = few_sums(x, data, apart, norm, eps, own, token, group, groups, tokens, rows, subs, cols, row_bytes, apart_cols, FORMAT,
+                    FIELDS, LANES, TOKENS, ROWS, SUBS, NORMED)
+    to = (token.to(tl.int64) * groups + group)[:, None] * rows + own[None, :]
+    tl.store(out + to, sums, (token < tokens)[:, None] & (own < rows)[None, :])
+
+
+@triton.jit
+def few_sums(x: Pointer, data: Pointer, apart: Pointer, norm: Pointer, eps: float, own: Block, token: Block, group: int,
+             groups: int, tokens: int, rows: int, subs: int, cols: int, row_bytes: int, apart_cols: int, FORMAT: tl.constexpr,
+             FIELDS: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, SUBS: tl.constexpr,
+             NORMED: tl.constexpr) -> Block:
+    """float32 [TOKENS, ROWS]: the rows `own` of a group's matrix times the tokens' activations, or these normed by `norm`. The
+    norm's own factor is one for each token, so it comes last."""
     row = (group * rows + own).to(tl.int64)[:, None, None]
     lane = tl.arange(0, LANES)[None, None, :]
-    token = tl.arange(0, TOKENS)
     vectors = x + (token.to(tl.int64) * groups + group)[:, None, None, None] * cols
     total = tl.zeros((TOKENS, ROWS, SUBS, LANES), tl.float32)
+    squares = tl.zeros((TOKENS, 1, SUBS, LANES), tl.float32)
     for first in range(0, subs, SUBS):
         sub = first + tl.arange(0, SUBS)[None, :, None]
         inside = (own < rows)[:, None, None] & (sub < subs)
         for FIELD in tl.static_range(FIELDS):
             weight = unpacked(FORMAT, FIELD, data, apart, row, sub, lane, inside, cols, row_bytes, apart_cols)
             column = columns(FORMAT, FIELD, sub, lane)[None]
-            there = (token < tokens)[:, None, None, None] & (column < cols)
-            total += weight[None] * tl.load(vectors + column, there, 0.0)
+            value = tl.load(vectors + column, (token < tokens)[:, None, None, None] & (column < cols), 0.0)
+            if NORMED:
+                squares += value * value
+                value *= tl.load(norm + column, column < cols, 0.0)
+            total += weight[None] * value
     sums = tl.sum(tl.sum(total, 3), 2)
-    to = (token.to(tl.int64) * groups + group)[:, None] * rows + own[None, :]
-    tl.store(out + to, sums, (token < tokens)[:, None] & (own < rows)[None, :])
+    if NORMED:
+        sums *= tl.rsqrt(tl.sum(tl.sum(squares, 3), 2) / cols + eps)
+    return sums
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -203,18 +226,20 @@ def _cases() -> tuple[Case, ...]:
         m, n, subs = many_tile(layout, 512, exact, default("linear.many"))
         found.append(Case(_many, f"*fp32 *u8 *u8 *fp32 {sizes}",
                           {**about, "M": m, "N": n, "SUBS": subs, "EXACT": exact, "DOT": DOT}))
-    found += [_together(1, "q8_0", "q8_0", "f16", "f16"), _together(8, "q8_0", "f32"), _together(1, "fp8_e4m3", "f32")]
+    found += [_together(1, "q8_0", "q8_0", "f16", "f16"), _together(8, "q8_0", "f32"), _together(1, "fp8_e4m3", "f32"),
+              _together(1, "q8_0", "q8_0", normed=True), _together(8, "q8_0", normed=True)]
     found.append(Case(_embed, "*i64 *u8 *u8 *fp32 i32:16 i32:16 i32:16 i32",
                       {"FORMAT": "q8_0", "FIELDS": 1, "LANES": 32, "SUBS": 32}))
     return tuple(found)
 
 
-def _together(tokens: int, *formats: str) -> Case:
+def _together(tokens: int, *formats: str, normed: bool = False) -> Case:
     layouts = [LAYOUTS[name] for name in formats]
     kinds = tuple((name, *layout, *few_tile(layout, tokens, 4096 // layout.columns, 1024, default("linear.several")))
                   for name, layout in zip(formats, layouts, strict=True))
     one = "(*u8 *u8 *fp32 i32:16 i32:16 i32:16 i32)"
-    return Case(_several, f"*fp32 ({' '.join([one] * len(kinds))}) i32 i32:16", {"KINDS": kinds, "TOKENS": padded(tokens)})
+    return Case(_several, f"*fp32 ({' '.join([one] * len(kinds))}) *fp32 fp32 i32 i32:16",
+                {"KINDS": kinds, "TOKENS": padded(tokens), "NORMED": normed})
 
 
 AHEAD = _cases()

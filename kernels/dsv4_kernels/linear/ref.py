@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dsv4_kernels.linear import Norm
+from dsv4_kernels.norm_rope.ref import rms_norm
 from dsv4_quant.formats import Packed
 
 
@@ -15,7 +17,8 @@ def linear(x: Tensor, weight: Packed | Tensor) -> Tensor:
     return functional.linear(x, _expanded(weight, x))
 
 
-def linears(x: Tensor, weights: Sequence[Packed | Tensor]) -> list[Tensor]:
+def linears(x: Tensor, weights: Sequence[Packed | Tensor], norm: Norm | None = None) -> list[Tensor]:
+    x = x if norm is None else rms_norm(x, *norm)
     return [linear(x, weight) for weight in weights]
 
 
