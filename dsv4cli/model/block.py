@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dsv4_kernels.hyper import HyperSettings, mix_streams, spread_streams
+from dsv4_kernels.hyper import HyperSettings, mix_streams
+from dsv4_kernels.residual import Joined, Residual
 from dsv4_quant.config import ModelConfig
 from dsv4cli.model.attention import Attention
 from dsv4cli.model.moe import Moe
@@ -17,19 +18,19 @@ from dsv4cli.model.weights import LayerWeights
 class Block:
     """Layer number `layer` of the trunk."""
 
-    def __init__(self, weights: LayerWeights, config: ModelConfig, layer: int, numerics: Numerics) -> None:
+    def __init__(self, weights: LayerWeights, config: ModelConfig, layer: int, numerics: Numerics, after: Tensor) -> None:
+        """after: `fn` of the mixer that reads what this layer writes."""
         self.weights = weights
+        self.after = after
         self.hyper = HyperSettings(config.rms_norm_eps, config.hc_eps, config.hc_sinkhorn_iters)
         self.attention = Attention(weights.attention, config, config.ratio(layer), numerics)
         self.moe = Moe(weights.moe, config)
 
-    def __call__(self, streams: Tensor, step: Step, state: LayerState) -> Tensor:
+    def __call__(self, given: Joined, step: Step, state: LayerState) -> Joined:
         """streams [t, hc_mult, hidden] -> the same, one layer later."""
-        w = self.weights
-        x, post, across = mix_streams(streams, w.hc_attn, self.hyper, w.attn_norm)
-        out = self.attention(x, step, state)
-        streams = spread_streams(out, streams, post, across)
+        w, (streams, sums) = self.weights, given
+        x, post, across = mix_streams(streams, w.hc_attn, self.hyper, w.attn_norm, sums)
+        streams, sums = self.attention(x, step, state, Residual(streams, post, across, w.hc_ffn.fn))
 
-        x, post, across = mix_streams(streams, w.hc_ffn, self.hyper, w.ffn_norm)
-        out = self.moe(x, step.ids)
-        return spread_streams(out, streams, post, across)
+        x, post, across = mix_streams(streams, w.hc_ffn, self.hyper, w.ffn_norm, sums)
+        return self.moe(x, step.ids, Residual(streams, post, across, self.after))

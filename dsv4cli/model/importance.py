@@ -17,6 +17,7 @@ from torch.nn import functional
 from dsv4_kernels.linear import linear
 from dsv4_kernels.moe import Expert
 from dsv4_kernels.norm_rope import rms_norm
+from dsv4_kernels.router import route
 from dsv4_quant.imatrix import Entry
 from dsv4_quant.schema import GGUF_EXPERTS, gguf_name
 from dsv4cli.model.transformer import Model
@@ -70,7 +71,7 @@ class Collector:
             self.meters[_stack(layer, matrix)] = meter
 
     def __call__(self, door: str, given: tuple[Any, ...]) -> None:
-        if door in ("linear", "grouped_linear", "route_learned", "route_by_hash"):
+        if door in ("linear", "grouped_linear", "route_learned", "route_by_hash", "project_into_streams"):
             x, weight = given[:2]
             self._met(self._names.get(id(weight)), x)
         elif door == "linears":
@@ -82,6 +83,10 @@ class Collector:
             self._shared_expert(*given)
         elif door == "routed_experts":
             self._routed(*given[:5])
+        elif door == "experts_into_streams":
+            x, ids, router, shared, experts, limit, _ = given
+            self._shared_expert(x, shared, limit)
+            self._routed(x, *route(x, router, ids), experts, limit)  # by the router's doors, which are watched too
 
     def _met(self, name: str | None, x: Tensor) -> None:
         if name is not None:

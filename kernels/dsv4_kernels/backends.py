@@ -19,7 +19,8 @@ from dsv4_kernels.native import library, queue
 from dsv4_kernels.unpack import LAYOUTS
 from dsv4_quant.errors import QuantError
 
-OPERATIONS = ("linear", "norm_rope", "rounding", "cache", "hyper", "compressor", "indexer", "attention", "router", "moe")
+OPERATIONS = ("linear", "norm_rope", "rounding", "cache", "hyper", "compressor", "indexer", "attention", "router", "moe",
+              "residual")
 NATIVE = {"cpu": "cpu", "cuda": "gpu"}  # device type -> the file that is written for it
 BACKENDS = ("ref", *NATIVE.values())
 Watcher = Callable[[str, tuple[Any, ...]], None]  # (name of the door, what was given to the backend)
@@ -162,6 +163,12 @@ def queued(*, lazily: bool = False) -> AbstractContextManager[None]:
     the caller. All are computed when it ends. Nothing is queued while somebody watches, who wants to see numbers, nor where
     the CPU's own kernels do not compute."""
     return nullcontext() if _watchers or NATIVE.get("cpu") != "cpu" else queue.queued(lazily=lazily)
+
+
+def repeatable(device: str) -> bool:
+    """Whether launches on devices of this type may be recorded and repeated for another token: what the Triton kernels compute,
+    unless somebody watches, who would see only the first."""
+    return NATIVE.get(device) == "gpu" and not _watchers
 
 
 def gpu_trouble() -> QuantError | None:

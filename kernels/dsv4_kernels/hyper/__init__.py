@@ -26,13 +26,13 @@ class HyperSettings(NamedTuple):
     rounds: int
 
 
-def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings, norm: Tensor | None = None, *,
-                backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings, norm: Tensor | None = None,
+                sums: Tensor | None = None, *, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The sublayer's input, and how its output goes back.
 
     streams [t, s, d] -> x [t, d], with norm [d] already RMS-normed by it (and settings.norm_eps), post [t, s] (share of the
     output that each stream takes), across [t, s, s] (doubly stochastic but for eps; first index the source stream,
-    second the destination).
+    second the destination). sums: what `residual` left behind of these streams for this mixer, else it is computed here.
     """
     _, s, d = _streams(streams)
     demand_shape("hyper fn", mixer.fn, (2 + s) * s, s * d)
@@ -40,7 +40,8 @@ def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings, norm: Te
     demand_shape("hyper scale", mixer.scale, 3)
     if norm is not None:
         demand_shape("norm weight", norm, d)
-    return pick("hyper", streams.device.type, backend).module.mix_streams(streams, mixer, settings, norm)
+    _demand_sums(sums, streams, mixer)
+    return pick("hyper", streams.device.type, backend).module.mix_streams(streams, mixer, settings, norm, sums)
 
 
 def spread_streams(out: Tensor, streams: Tensor, post: Tensor, across: Tensor, *,
@@ -56,16 +57,24 @@ def spread_streams(out: Tensor, streams: Tensor, post: Tensor, across: Tensor, *
     return pick("hyper", streams.device.type, backend).module.spread_streams(out, streams, post, across)
 
 
-def merge_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings, *, backend: str | None = None) -> Tensor:
-    """The model's head: one weighted sum of the streams. streams [t, s, d] -> [t, d]."""
+def merge_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings, sums: Tensor | None = None, *,
+                  backend: str | None = None) -> Tensor:
+    """The model's head: one weighted sum of the streams. streams [t, s, d], sums as for `mix_streams` -> [t, d]."""
     _, s, d = _streams(streams)
     demand_shape("hyper fn", mixer.fn, s, s * d)
     demand_shape("hyper base", mixer.base, s)
     demand_shape("hyper scale", mixer.scale, 1)
-    return pick("hyper", streams.device.type, backend).module.merge_streams(streams, mixer, settings)
+    _demand_sums(sums, streams, mixer)
+    return pick("hyper", streams.device.type, backend).module.merge_streams(streams, mixer, settings, sums)
 
 
 def _streams(streams: Tensor) -> tuple[int, int, int]:
     demand_shape("streams", streams, None, None, None)
     t, s, d = streams.shape
     return t, s, d
+
+
+def _demand_sums(sums: Tensor | None, streams: Tensor, mixer: Mixer) -> None:
+    """Parts of fn times the streams, and of the streams' squares."""
+    if sums is not None:
+        demand_shape("sums", sums, streams.shape[0], mixer.fn.shape[0] + 1, None)

@@ -14,8 +14,8 @@ signature("dsv4_spread_streams", P, P, P, P, I, I, I, P)
 signature("dsv4_merge_streams", P, I, I, I, P, P, P, F, F, P)
 
 
-def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings,
-                norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings, norm: Tensor | None = None,
+                sums: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if not _fits(streams, *mixer) or (norm is not None and norm.dtype != float32):
         return by_torch(ref.mix_streams, streams, mixer, settings, norm)
     t, s, d = streams.shape
@@ -38,7 +38,7 @@ def spread_streams(out: Tensor, streams: Tensor, post: Tensor, across: Tensor) -
     return spread
 
 
-def merge_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> Tensor:
+def merge_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings, sums: Tensor | None = None) -> Tensor:
     if not _fits(streams, *mixer):
         return by_torch(ref.merge_streams, streams, mixer, settings)
     t, s, d = streams.shape

@@ -23,32 +23,32 @@ SPREAD = 512  # values of each stream that a program of `_spread` owns
 WEIGHED = 1024  # and of `_mix`
 
 
-def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings,
-                norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings, norm: Tensor | None = None,
+                sums: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     if not _fit(streams, *mixer, norm) or not streams.numel():
         return ref.mix_streams(streams, mixer, settings, norm)
     (t, s, d), streams = streams.shape, dense(streams)
     x, post, across = (alloc.empty(shape, float32, streams.device) for shape in ((t, d), (t, s), (t, s, s)))
-    sums, parts = _sums(streams, mixer)
-    normed = norm is not None
+    sums = _sums(streams, mixer) if sums is None else sums
+    normed, parts = norm is not None, sums.shape[2]
     width = padded(d) if normed else min(padded(d), WEIGHED)  # a norm is of all that a token has
     _mix[(t, triton.cdiv(d, width) + 1)](
         sums, streams, dense(mixer.base), dense(mixer.scale), x if norm is None else dense(norm), x, post, across, s, d, parts,
-        mixer.fn.shape[0], *settings, HEAD=False, NORMED=normed, S=padded(s), PARTS=padded(parts), WIDTH=width,
+        mixer.fn.shape[0], *settings, HEAD=False, NORMED=normed, S=padded(s), PARTS=min(PARTS, padded(parts)), WIDTH=width,
         num_warps=warps(width))
     return x, post, across
 
 
-def merge_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> Tensor:
+def merge_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings, sums: Tensor | None = None) -> Tensor:
     if not _fit(streams, *mixer) or not streams.numel():
         return ref.merge_streams(streams, mixer, settings)
     (t, s, d), streams = streams.shape, dense(streams)
     merged = alloc.empty((t, d), float32, streams.device)
-    sums, parts = _sums(streams, mixer)
-    width = min(padded(d), WEIGHED)
+    sums = _sums(streams, mixer) if sums is None else sums
+    width, parts = min(padded(d), WEIGHED), sums.shape[2]
     _mix[(t, triton.cdiv(d, width))](
         sums, streams, dense(mixer.base), dense(mixer.scale), merged, merged, merged, merged, s, d, parts, mixer.fn.shape[0],
-        *settings, HEAD=True, NORMED=False, S=padded(s), PARTS=padded(parts), WIDTH=width, num_warps=warps(width))
+        *settings, HEAD=True, NORMED=False, S=padded(s), PARTS=min(PARTS, padded(parts)), WIDTH=width, num_warps=warps(width))
     return merged
 
 
@@ -67,23 +67,23 @@ def _fit(*given: Tensor | None) -> bool:
     return all(each is None or each.dtype == float32 for each in given)
 
 
-def _sums(streams: Tensor, mixer: Mixer) -> tuple[Tensor, int]:
-    """float32 [t, parts, m + 1]: parts of fn times the streams, and of the streams' squares; and the number of parts."""
+def _sums(streams: Tensor, mixer: Mixer) -> Tensor:
+    """float32 [t, m + 1, parts]: parts of fn times the streams, and of the streams' squares."""
     t, width, m = len(streams), streams.shape[1] * streams.shape[2], mixer.fn.shape[0]
-    tokens = 1 if t <= FEW else 16
-    steps = triton.cdiv(width, STEP)
+    tokens, step = (1, STEP) if t <= FEW else (16, STEP // 2)  # or sixteen tokens' registers spill on some cards
+    steps = triton.cdiv(width, step)
     each = triton.cdiv(steps, PARTS if tokens == 1 else 4)
     parts = triton.cdiv(steps, each)
-    sums = alloc.empty((t, parts, m + 1), float32, streams.device)
+    sums = alloc.empty((t, m + 1, parts), float32, streams.device)
     _multiply[(triton.cdiv(t, tokens), parts)](streams, dense(mixer.fn), sums, t, width, m, each, TOKENS=tokens,
-                                               ROWS=padded(m, 16), STEP=STEP)
-    return sums, parts
+                                               ROWS=padded(m, 16), STEP=step)
+    return sums
 
 
 @triton.jit
 def _multiply(streams: Pointer, fn: Pointer, sums: Pointer, t: int, width: int, m: int, steps: int, TOKENS: tl.constexpr,
               ROWS: tl.constexpr, STEP: tl.constexpr) -> None:
-    """A program owns some tokens and `steps` times STEP values of theirs. fn [m, width], sums [t, parts, m + 1]."""
+    """A program owns some tokens and `steps` times STEP values of theirs. fn [m, width], sums [t, m + 1, parts]."""
     first, part, parts = tl.program_id(0) * TOKENS, tl.program_id(1), tl.num_programs(1)
     row, token = tl.arange(0, ROWS), first + tl.arange(0, TOKENS)
     squares = tl.zeros((TOKENS, STEP), tl.float32)
@@ -101,17 +101,20 @@ def _multiply(streams: Pointer, fn: Pointer, sums: Pointer, t: int, width: int, 
             products = tl.dot(x, tl.trans(weights), products, input_precision="ieee")
     if TOKENS == 1:
         products = tl.sum(partial, 1)[None, :]
-    place = (token * parts + part)[:, None] * (m + 1)
-    tl.store(sums + place + row[None, :], products, (token < t)[:, None] & (row < m)[None, :])
-    tl.store(sums + place + m, tl.sum(squares, 1)[:, None], (token < t)[:, None])
+    to = sums + token[:, None] * (m + 1) * parts + part
+    tl.store(to + row[None, :] * parts, products, (token < t)[:, None] & (row < m)[None, :])
+    tl.store(to + m * parts, tl.sum(squares, 1)[:, None], (token < t)[:, None])
 
 
 @triton.jit
 def _summed(sums: Pointer, token: int, parts: int, m: int, rows: Block, inside: Block, PARTS: tl.constexpr) -> Block:
-    """The mixture's `rows` [n] of a token: parts added up."""
-    part = tl.arange(0, PARTS)[:, None]
-    place = (token * parts + part) * (m + 1) + rows[None, :]
-    return tl.sum(tl.load(sums + place, (part < parts) & inside[None, :], 0.0), 0)
+    """The mixture's `rows` [n] of a token: parts added up, PARTS side by side."""
+    at = sums + (token * (m + 1) + rows[:, None]) * parts
+    total = tl.zeros((rows.shape[0], PARTS), tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)[None, :]
+        total += tl.load(at + part, (part < parts) & inside[:, None], 0.0)
+    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -183,7 +186,7 @@ def _spread(out: Pointer, streams: Pointer, post: Pointer, across: Pointer, spre
 
 AHEAD = (
     Case(_multiply, "*fp32 *fp32 *fp32 i32 i32:16 i32 i32", {"TOKENS": 1, "ROWS": 32, "STEP": 128}),
-    Case(_multiply, "*fp32 *fp32 *fp32 i32 i32:16 i32 i32", {"TOKENS": 16, "ROWS": 32, "STEP": 128}),
+    Case(_multiply, "*fp32 *fp32 *fp32 i32 i32:16 i32 i32", {"TOKENS": 16, "ROWS": 32, "STEP": 64}),
     Case(_mix, "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32:16 i32 i32 fp32 fp32 i32",
          {"HEAD": False, "NORMED": True, "S": 4, "PARTS": 128, "WIDTH": 4096}, warps=8),
     Case(_mix, "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32:16 i32 i32 fp32 fp32 i32",

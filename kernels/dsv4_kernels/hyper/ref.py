@@ -10,8 +10,8 @@ from dsv4_kernels.hyper import HyperSettings, Mixer
 from dsv4_kernels.norm_rope.ref import rms_norm
 
 
-def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings,
-                norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def mix_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings, norm: Tensor | None = None,
+                sums: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     s = streams.shape[1]
     sizes = (s, s, s * s)  # the ways in, out and across
     mixes = zip(_mixes(streams, mixer, settings).split(sizes, -1), mixer.scale, mixer.base.split(sizes), strict=True)
@@ -28,7 +28,7 @@ def spread_streams(out: Tensor, streams: Tensor, post: Tensor, across: Tensor) -
     return torch.baddbmm(post.unsqueeze(2) * out.unsqueeze(1), across.transpose(1, 2), streams)
 
 
-def merge_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings) -> Tensor:
+def merge_streams(streams: Tensor, mixer: Mixer, settings: HyperSettings, sums: Tensor | None = None) -> Tensor:
     mixes = _mixes(streams, mixer, settings) * mixer.scale + mixer.base
     return _weighted(mixes.sigmoid() + settings.eps, streams)
 

@@ -47,7 +47,7 @@ class Bank(NamedTuple):
 
 def routed_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Expert], limit: float,
                    onto: Tensor | None = None) -> Tensor:
-    bank = _bank(experts) if x.dtype == weights.dtype == float32 and x.numel() and weights.numel() else None
+    bank = bank_of(experts) if x.dtype == weights.dtype == float32 and x.numel() and weights.numel() else None
     if bank is None or chosen.dtype != int64 or (onto is not None and (onto.dtype != float32 or not onto.is_contiguous())):
         return ref.routed_experts(x, weights, chosen, experts, limit, onto)
     return _experts(dense(x), dense(weights), dense(chosen), bank, limit, onto)
@@ -57,7 +57,7 @@ def shared_expert(x: Tensor, expert: Expert, limit: float) -> Tensor:
     """An expert that everybody chose, with weight 1."""
     parts = tuple(matrix(part) for part in expert)
     gate, up, down = parts
-    if gate is None or up is None or down is None or not _alike(gate, up) or x.dtype != float32 or not x.numel():
+    if gate is None or up is None or down is None or not alike(gate, up) or x.dtype != float32 or not x.numel():
         return ref.shared_expert(x, expert, limit)
     ones, zeros, offsets = _everybody(x.shape[0], x.device)
     return _experts(dense(x), ones, zeros, Bank(gate, up, down, offsets, 16), limit, None)
@@ -70,7 +70,7 @@ def _everybody(tokens: int, device: torch.device) -> tuple[Tensor, Tensor, Tenso
                 torch.zeros(6, 1, dtype=int64, device=device))
 
 
-def _bank(experts: Sequence[Expert]) -> Bank | None:
+def bank_of(experts: Sequence[Expert]) -> Bank | None:
     """None when they cannot be computed together. Kept for Experts."""
     if not isinstance(experts, Experts):
         return _gathered(experts)
@@ -85,12 +85,12 @@ def _gathered(experts: Sequence[Expert]) -> Bank | None:
     kinds: list[list[Matrix]] = []
     for kind in zip(*experts, strict=True):
         found = [matrix(part) for part in kind]
-        alike = [part for part in found if part is not None and found[0] is not None and _alike(part, found[0])]
-        if len(alike) != len(found):
+        same = [part for part in found if part is not None and found[0] is not None and alike(part, found[0])]
+        if len(same) != len(found):
             return None
-        kinds.append(alike)
+        kinds.append(same)
     gate, up, down = (kind[0] for kind in kinds)
-    if not _alike(gate, up):
+    if not alike(gate, up):
         return None
     bytes_away = [[part.data.data_ptr() - kind[0].data.data_ptr() for part in kind] for kind in kinds]
     apart = [[(part.apart.data_ptr() - kind[0].apart.data_ptr()) // part.apart.element_size() for part in kind]
@@ -101,7 +101,7 @@ def _gathered(experts: Sequence[Expert]) -> Bank | None:
         return Bank(gate, up, down, torch.tensor(offsets, dtype=int64).to(gate.data.device), unit)
 
 
-def _alike(a: Matrix, b: Matrix) -> bool:
+def alike(a: Matrix, b: Matrix) -> bool:
     return (a[3:] == b[3:] and a.format == b.format and a.apart.dtype == b.apart.dtype
             and a.data.device == b.data.device)
 
@@ -191,20 +191,33 @@ def _hidden_few(x: Pointer, shares: Pointer, chosen: Pointer, offsets: Pointer, 
     up += tl.load(offset + experts) * UNIT
     gate_apart += tl.load(offset + 3 * experts)
     up_apart += tl.load(offset + 4 * experts)
-    own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    own, one = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, 1)
+    values = hidden_rows(x + pair // slots * cols, gate, gate_apart, up, up_apart, own, one, 1, rows, subs, cols, row_bytes,
+                         apart_cols, limit, FORMAT, FIELDS, LANES, 1, ROWS, SUBS)
+    tl.store(hidden + pair * rows + own[None, :], values * tl.load(shares + pair), (own < rows)[None, :])
+
+
+@triton.jit
+def hidden_rows(x: Pointer, gate: Pointer, gate_apart: Pointer, up: Pointer, up_apart: Pointer, own: Block, token: Block,
+                tokens: int, rows: int, subs: int, cols: int, row_bytes: int, apart_cols: int, limit: float,
+                FORMAT: tl.constexpr, FIELDS: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+                SUBS: tl.constexpr) -> Block:
+    """float32 [TOKENS, ROWS]: of an expert's hidden values those that the rows `own` of gate and up make, without a share."""
     row, lane = own.to(tl.int64)[:, None, None], tl.arange(0, LANES)[None, None, :]
-    gates = tl.zeros((ROWS, SUBS, LANES), tl.float32)
-    ups = tl.zeros((ROWS, SUBS, LANES), tl.float32)
+    vectors = x + token.to(tl.int64)[:, None, None, None] * cols
+    gates = tl.zeros((TOKENS, ROWS, SUBS, LANES), tl.float32)
+    ups = tl.zeros((TOKENS, ROWS, SUBS, LANES), tl.float32)
     for first in range(0, subs, SUBS):
         sub = first + tl.arange(0, SUBS)[None, :, None]
         inside = (own < rows)[:, None, None] & (sub < subs)
         for FIELD in tl.static_range(FIELDS):
-            column = columns(FORMAT, FIELD, sub, lane)
-            value = tl.load(x + pair // slots * cols + column, column < cols, 0.0)
-            gates += value * unpacked(FORMAT, FIELD, gate, gate_apart, row, sub, lane, inside, cols, row_bytes, apart_cols)
-            ups += value * unpacked(FORMAT, FIELD, up, up_apart, row, sub, lane, inside, cols, row_bytes, apart_cols)
-    values = _swiglu(tl.sum(tl.sum(gates, 2), 1), tl.sum(tl.sum(ups, 2), 1), limit) * tl.load(shares + pair)
-    tl.store(hidden + pair * rows + own, values, own < rows)
+            column = columns(FORMAT, FIELD, sub, lane)[None]
+            value = tl.load(vectors + column, (token < tokens)[:, None, None, None] & (column < cols), 0.0)
+            weight = unpacked(FORMAT, FIELD, gate, gate_apart, row, sub, lane, inside, cols, row_bytes, apart_cols)
+            gates += value * weight[None]
+            weight = unpacked(FORMAT, FIELD, up, up_apart, row, sub, lane, inside, cols, row_bytes, apart_cols)
+            ups += value * weight[None]
+    return _swiglu(tl.sum(tl.sum(gates, 3), 2), tl.sum(tl.sum(ups, 3), 2), limit)
 
 
 @triton.jit(do_not_specialize=["slots", "experts"])
@@ -214,10 +227,22 @@ def _down_few(hidden: Pointer, chosen: Pointer, offsets: Pointer, down: Pointer,
               ADD: tl.constexpr) -> None:
     token = tl.program_id(1).to(tl.int64)
     own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    sums = down_rows(hidden, chosen, offsets, down, down_apart, own, token, slots, experts, rows, subs, cols, row_bytes,
+                     apart_cols, FORMAT, FIELDS, LANES, UNIT, ROWS, SUBS)
+    to = out + token * rows + own
+    if ADD:
+        sums += tl.load(to, own < rows, 0.0)
+    tl.store(to, sums, own < rows)
+
+
+@triton.jit
+def down_rows(hidden: Pointer, chosen: Pointer, offsets: Pointer, down: Pointer, down_apart: Pointer, own: Block, token: Block,
+              slots: int, experts: int, rows: int, subs: int, cols: int, row_bytes: int, apart_cols: int, FORMAT: tl.constexpr,
+              FIELDS: tl.constexpr, LANES: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, SUBS: tl.constexpr) -> Block:
+    """float32 [ROWS]: what the rows `own` of a token's experts make of its hidden values, summed."""
     row, lane = own.to(tl.int64)[:, None, None], tl.arange(0, LANES)[None, None, :]
     total = tl.zeros((ROWS, SUBS, LANES), tl.float32)
-    for slot in range(slots):
-        pair = token * slots + slot
+    for pair in range(token * slots, (token + 1) * slots):
         offset = offsets + tl.load(chosen + pair)
         data, apart = down + tl.load(offset + 2 * experts) * UNIT, down_apart + tl.load(offset + 5 * experts)
         for first in range(0, subs, SUBS):
@@ -227,10 +252,7 @@ def _down_few(hidden: Pointer, chosen: Pointer, offsets: Pointer, down: Pointer,
                 column = columns(FORMAT, FIELD, sub, lane)
                 value = tl.load(hidden + pair * cols + column, column < cols, 0.0)
                 total += value * unpacked(FORMAT, FIELD, data, apart, row, sub, lane, inside, cols, row_bytes, apart_cols)
-    sums, to = tl.sum(tl.sum(total, 2), 1), out + token * rows + own
-    if ADD:
-        sums += tl.load(to, own < rows, 0.0)
-    tl.store(to, sums, own < rows)
+    return tl.sum(tl.sum(total, 2), 1)
 
 
 @triton.jit(do_not_specialize=["slots", "experts"])

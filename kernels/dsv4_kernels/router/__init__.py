@@ -2,11 +2,39 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import NamedTuple
+
 from torch import Tensor
 
 from dsv4_kernels.backends import pick
 from dsv4_kernels.checks import demand_shape
 from dsv4_kernels.linear import Weight
+
+
+class Router(NamedTuple):
+    """A layer's router: by bias, or in the first layers by table."""
+
+    gate: Weight          # [experts, d]
+    bias: Tensor | None   # [experts]
+    table: Tensor | None  # int64 [vocab, k]
+    k: int                # experts per token
+    scale: float
+
+
+def route(x: Tensor, router: Router, ids: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """`route_by_hash` where there is a table, else `route_learned`."""
+    if router.table is not None:
+        return route_by_hash(x, router.gate, router.table, ids, router.scale, backend=backend)
+    assert router.bias is not None, "a layer is routed by a table or by a bias"
+    return route_learned(x, router.gate, router.bias, router.k, router.scale, backend=backend)
+
+
+def routed(module: ModuleType, x: Tensor, router: Router, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by one of the backends' modules, for other operations' backends."""
+    if router.table is not None:
+        return module.route_by_hash(x, router.gate, router.table, ids, router.scale)
+    return module.route_learned(x, router.gate, router.bias, router.k, router.scale)
 
 
 def route_learned(x: Tensor, gate: Weight, bias: Tensor, k: int, scale: float, *,

@@ -1,0 +1,26 @@
+"""The end of a sublayer in C++: one kernel after the other, as each operation has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dsv4_kernels.hyper.cpu import spread_streams
+from dsv4_kernels.linear import Weight
+from dsv4_kernels.linear.cpu import linear
+from dsv4_kernels.moe import Expert
+from dsv4_kernels.moe.cpu import routed_experts, shared_expert
+from dsv4_kernels.residual import Joined, Residual
+from dsv4_kernels.router import Router, cpu, routed
+
+
+def project_into_streams(x: Tensor, weight: Weight, residual: Residual) -> Joined:
+    return Joined(spread_streams(linear(x, weight), *residual[:3]))
+
+
+def experts_into_streams(x: Tensor, ids: Tensor, router: Router, shared: Expert, experts: Sequence[Expert], limit: float,
+                         residual: Residual) -> Joined:
+    shares, chosen = routed(cpu, x, router, ids)
+    out = routed_experts(x, shares, chosen, experts, limit, shared_expert(x, shared, limit))
+    return Joined(spread_streams(out, *residual[:3]))
