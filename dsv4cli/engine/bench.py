@@ -77,7 +77,7 @@ def measure(name: str, plan: Plan, *, numerics: str = "official", device: str = 
     place = opening.place_of(source, entry.name, plan.longest, numerics, device, vram)
     use_threads(threads, place.plan)
     opening.read_ahead(source, place.plan)
-    model = Model.bind(source, numerics=numerics, device=place.device)
+    model = Model.bind(source, numerics=numerics, device=place.device, rooms=opening.rooms_of(place))
     for number, depth in enumerate(plan.depths):
         if report:
             report(number, len(plan.depths))

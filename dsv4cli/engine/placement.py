@@ -86,9 +86,14 @@ class Learner:
 
     def observe(self, token: Token) -> float:
         """Counts a token's experts; at the end of a horizon, exchanges. Returns the seconds spent on copies."""
-        self.counts.update((layer, number) for layer, chosen in enumerate(token) for number in chosen)
-        self.tokens, self.seen = self.tokens + 1, self.seen + 1
-        if self.tokens % self.horizon:
+        return self.observe_all(Counter(uses_of([token])), 1)
+
+    def observe_all(self, chosen: Counter[Expert], tokens: int) -> float:
+        """The same for several tokens, of which `chosen` says how often each expert was chosen."""
+        self.counts.update(chosen)
+        left = self.horizon - self.tokens % self.horizon
+        self.tokens, self.seen = self.tokens + tokens, self.seen + tokens
+        if tokens < left:
             return 0.0
         spent = self.exchange()
         if self.seen > MEMORY * self.horizon:

@@ -8,7 +8,8 @@ shared expert, card's experts, the others.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import RLock
 
 import torch
@@ -30,7 +31,7 @@ class Tiers:
         """experts: where they lie in the mapped file."""
         self.experts = experts
         self.card = card
-        self.seen: list[Tensor] = []  # experts chosen, int64 [t, k], on the host or the card, since somebody last looked
+        self.seen: list[Tensor] = []  # experts chosen, int64 [t, k], on the host or the card, since a pass began
         self.slots: dict[int, int] = {}  # by expert
         self._copies: dict[int, Expert] = {}
         self._where = torch.full((len(experts),), -1)  # of each expert, its place in _there
@@ -58,19 +59,20 @@ class Tiers:
         return self._staged(x, shares, chosen, chosen[~hits].unique(), limit, out)
 
     def hold(self, numbers: Sequence[int], slots: Sequence[int]) -> None:
-        """Copies experts into slots. Nothing else may lie there."""
+        """Copies experts into slots, where nothing else may lie, and computes with the copies from now on."""
         copies = self.card.put([self.experts[number] for number in numbers], slots)
         self.slots.update(zip(numbers, slots, strict=True))
         self._copies.update(zip(numbers, copies, strict=True))
+        self._look_up()
 
-    def release(self, numbers: Iterable[int]) -> list[int]:
-        """Forgets copies; returns their slots."""
-        for number in (numbers := list(numbers)):
-            del self._copies[number]
-        return [self.slots.pop(number) for number in numbers]
+    def release(self, numbers: Iterable[int]) -> None:
+        """Computes with these copies no more."""
+        for number in numbers:
+            self._copies.pop(number, None)
+        self._look_up()
+        self.slots = {number: slot for number, slot in self.slots.items() if number in self._copies}
 
-    def settle(self) -> None:
-        """To be called when slots have changed."""
+    def _look_up(self) -> None:
         numbers = sorted(self._copies)
         self._where.fill_(-1)
         self._where[torch.tensor(numbers, dtype=torch.int64)] = torch.arange(len(numbers))
@@ -84,7 +86,7 @@ class Tiers:
         return by_torch(lambda: out.add_(self.card.to_card(part)))
 
     def _staged(self, x: Tensor, shares: Tensor, chosen: Tensor, missing: Tensor, limit: float, out: Tensor) -> Tensor:
-        """Adds what the card computes with experts that only pass through. shares and chosen are the host's, missing is sorted."""
+        """Adds what the card computes with experts that only pass through: `missing`, sorted. shares and chosen: the host's."""
         for group in missing.split(self.card.staged):
             among = torch.isin(chosen, group)
             tokens = among.any(1).nonzero()[:, 0]
@@ -114,17 +116,26 @@ def picked(shares: Tensor, numbers: Tensor, wanted: Tensor) -> tuple[Tensor, Ten
 class TieredExperts:
     """All layers' experts, and which of them lie in slots. Whoever computes or changes that holds the lock."""
 
-    def __init__(self, layers: Sequence[Experts], rooms: Sequence[Room], staged: int, wanted: Iterable[Place] | None = None) -> None:
+    def __init__(self, layers: Sequence[Experts], rooms: Sequence[Room], staged: int,
+                 wanted: Iterable[Place] | None = None) -> None:
         """rooms: of the cards that have all layers between them. staged: experts that pass through a card at a time. wanted: what
         goes into slots first; without, every layer's experts by number."""
         self.lock = RLock()
         self.rooms = tuple(rooms)
-        self.cards = [Card(room.device, room.slots, max(slot_bytes(experts[0]) for experts in layers[room.first:room.last]), staged)
-                      for room in rooms]
+        largest = [max(slot_bytes(experts[0]) for experts in layers[room.first:room.last]) for room in rooms]
+        self.cards = [Card(room.device, room.slots, size, staged) for room, size in zip(rooms, largest, strict=True)]
         self.layers = [Tiers(experts, card) for room, card in zip(rooms, self.cards, strict=True)
                        for experts in layers[room.first:room.last]]
         everyone = ((layer, number) for number in range(len(layers[0])) for layer in range(len(layers)))
-        self._fill(everyone if wanted is None else wanted)
+        self._hold(everyone if wanted is None else wanted)
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """While a model computes. Afterwards `seen` of each layer says what this pass chose."""
+        with self.lock:
+            for layer in self.layers:
+                layer.seen.clear()
+            yield
 
     @property
     def resident(self) -> list[set[Place]]:
@@ -138,11 +149,11 @@ class TieredExperts:
         return sum(card.lacking for card in self.cards)
 
     def replace(self, leaving: Collection[Place], coming: Collection[Place]) -> None:
-        """Exchanges experts of one card's layers for as many others."""
+        """Exchanges experts of one card's layers; of those that come, as many as there are slots then. What an interrupt leaves
+        undone, the next exchange can do."""
         with self.lock:
-            slots = [slot for layer, number in sorted(leaving) for slot in self.layers[layer].release([number])]
-            self._hold(sorted(coming), slots)
-            self._settle({layer for layer, _ in (*leaving, *coming)})
+            self._release(leaving)
+            self._hold(sorted(coming))
 
     def shrink(self, keep: Sequence[Place] = ()) -> int:
         """Frees a piece of each card's slots; returns how many slots were lost. keep: what to move elsewhere first, if it lay
@@ -155,32 +166,35 @@ class TieredExperts:
         lost = set(card.give_back())
         layers = range(room.first, room.last)
         homeless = {(layer, number) for layer in layers for number, slot in self.layers[layer].slots.items() if slot in lost}
-        for layer, number in homeless:
-            self.layers[layer].release([number])
+        self._release(homeless)
         dear = [place for place in keep if place[0] in layers][:len(card.slots)]
         coming = [place for place in dear if place in homeless]
-        there = ((layer, number) for layer in layers for number in self.layers[layer].slots)
-        leaving = sorted(set(there) - set(dear))[:len(coming)]
-        coming = coming[:len(leaving)]
-        self._hold(coming, [slot for layer, number in leaving for slot in self.layers[layer].release([number])])
-        self._settle(set(layers))
+        there = {(layer, number) for layer in layers for number in self.layers[layer].slots}
+        self._release(sorted(there - set(dear))[:len(coming)])
+        self._hold(coming)
         return len(lost)
 
-    def _fill(self, wanted: Iterable[Place]) -> None:
-        free = [iter(card.slots) for card in self.cards]
-        for place in wanted:
-            slot = next(free[self._card_of(place)], None)
-            if slot is not None:
-                self.layers[place[0]].hold([place[1]], [slot])
-        self._settle(set(range(len(self.layers))))
+    def _release(self, places: Iterable[Place]) -> None:
+        """Nobody computes with these copies any more, so that their slots can be written."""
+        for layer, numbers in _by_layer(places).items():
+            self.layers[layer].release(numbers)
 
-    def _hold(self, places: Sequence[Place], slots: Sequence[int]) -> None:
-        for (layer, number), slot in zip(places, slots, strict=True):
-            self.layers[layer].hold([number], [slot])
+    def _hold(self, wanted: Iterable[Place]) -> None:
+        """Copies experts into the slots that are free, as far as they go."""
+        free = [self._free(room, card) for room, card in zip(self.rooms, self.cards, strict=True)]
+        owners = [number for number, room in enumerate(self.rooms) for _ in range(room.first, room.last)]
+        dealt = [(place, free[owners[place[0]]].pop()) for place in wanted if free[owners[place[0]]]]
+        slots = dict(dealt)
+        for layer, numbers in _by_layer(slots).items():
+            self.layers[layer].hold(numbers, [slots[layer, number] for number in numbers])
 
-    def _settle(self, layers: set[int]) -> None:
-        for layer in layers:
-            self.layers[layer].settle()
+    def _free(self, room: Room, card: Card) -> list[int]:
+        taken = {slot for layer in self.layers[room.first:room.last] for slot in layer.slots.values()}
+        return [slot for slot in reversed(card.slots) if slot not in taken]
 
-    def _card_of(self, place: Place) -> int:
-        return next(number for number, room in enumerate(self.rooms) if room.first <= place[0] < room.last)
+
+def _by_layer(places: Iterable[Place]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for layer, number in places:
+        found.setdefault(layer, []).append(number)
+    return found

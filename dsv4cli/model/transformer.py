@@ -55,9 +55,9 @@ class Model:
              device: str = "cpu", rooms: Sequence[Room] = (), wanted: Iterable[Place] | None = None) -> Model:
         """Binds the trunk's weights; packed ones stay views of the source's files, or are copied to `device` as stored.
 
-        numerics: "plain" or "official". expand_limit: bytes of float32 weights up to which the model is decoded once; a larger one
-        may have `rooms` for a part of its routed experts, on the device that computes all else, and then these stay in the files.
-        wanted: which experts go there, the dearest first.
+        numerics: "plain" or "official". expand_limit: bytes of float32 weights up to which the model is decoded once; of a larger
+        one routed experts stay in the files where `rooms` are given, and as many as these have slots for are copied there, beside
+        all other weights. wanted: which experts, the dearest first.
         Raises CorruptFile for a missing tensor, a wrong shape or a file that changes meanwhile, UsageError for unknown numerics.
         """
         chosen, files = numerics_named(numerics), MappedFiles(source)
@@ -90,7 +90,7 @@ class Model:
         """
         self._check(ids, state)
         state.reserve(state.position + len(ids))
-        with torch.inference_mode(), self.tiers.lock if self.tiers else nullcontext():
+        with torch.inference_mode(), self.tiers.computing() if self.tiers else nullcontext():
             rows = list(self._rows(ids.to(self.device).split(PIECE), state, logits))
         if self.files is not None:
             self.files.demand_unchanged()

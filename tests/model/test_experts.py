@@ -94,13 +94,12 @@ def test_the_card_computes_from_its_slots_and_the_cpu_the_others_from_the_file(b
     with backends.watched(watch):
         state = model.new_state(20)
         model.forward(ids[:19], state)
-        for layer in tiered(model).layers:
-            layer.seen.clear()
         met.clear()
         model.forward(ids[19:20], state)
     assert sum(count for _, count in met) == LAYERS * Shape().chosen
     here, = tiered(model).resident
-    hits = sum((number, expert) in here for number, layer in enumerate(tiered(model).layers) for expert in layer.seen[0][0].tolist())
+    hits = sum((number, expert) in here for number, layer in enumerate(tiered(model).layers)
+               for expert in layer.seen[0][0].tolist())
     assert 0 < hits < LAYERS * Shape().chosen
     assert sum(count for from_file, count in met if not from_file) == hits
 
