@@ -21,6 +21,7 @@ from dsv4cli.model.block import Block
 from dsv4cli.model.experts import Place, TieredExperts, Tiers
 from dsv4cli.model.files import MappedFiles
 from dsv4cli.model.numerics import Numerics, numerics_named
+from dsv4cli.model.recording import Recording, recorder
 from dsv4cli.model.sizes import EXPAND_LIMIT
 from dsv4cli.model.slots import Room
 from dsv4cli.model.state import State
@@ -36,13 +37,15 @@ class Model:
     """The trunk with its weights. Immutable; what changes with the tokens is in a State."""
 
     def __init__(self, weights: ModelWeights, config: ModelConfig, numerics: Numerics, files: MappedFiles | None = None, *,
-                 tiers: TieredExperts | None = None) -> None:
-        """files: those that weights are mapped from, if any are. tiers: of routed experts that lie in several places."""
+                 records: bool = True, tiers: TieredExperts | None = None) -> None:
+        """files: those that weights are mapped from, if any are. records: whether decoded tokens may be CUDA graphs. tiers: of
+        routed experts that lie in several places; then the host has its part in each layer, and there are no graphs."""
         self.weights = weights
         self.tiers = tiers
         self.config = config
         self.numerics = numerics
         self.files = files
+        self.records = records and tiers is None
         self.device = weights.norm.device
         self.rope = Rope.of(config).to(self.device)
         readers = [*(layer.hc_attn for layer in weights.layers[1:]), weights.hc_head]
@@ -52,12 +55,14 @@ class Model:
 
     @classmethod
     def bind(cls, source: Source, *, numerics: str = "official", expand_limit: int = EXPAND_LIMIT,
-             device: str = "cpu", rooms: Sequence[Room] = (), wanted: Iterable[Place] | None = None) -> Model:
+             device: str = "cpu", records: bool = True, rooms: Sequence[Room] = (),
+             wanted: Iterable[Place] | None = None) -> Model:
         """Binds the trunk's weights; packed ones stay views of the source's files, or are copied to `device` as stored.
 
-        numerics: "plain" or "official". expand_limit: bytes of float32 weights up to which the model is decoded once; of a larger
-        one routed experts stay in the files where `rooms` are given, and as many as these have slots for are copied there, beside
-        all other weights. wanted: which experts, the dearest first.
+        numerics: "plain" or "official". expand_limit: bytes of float32 weights up to which the model is decoded once.
+        records: whether on a card the launches of decoded tokens are recorded and replayed; without, each is described anew.
+        rooms: where these are given, routed experts that are not expanded stay in the files, and as many as there are slots for
+        are copied there, beside all other weights. wanted: which experts, the dearest first.
         Raises CorruptFile for a missing tensor, a wrong shape or a file that changes meanwhile, UsageError for unknown numerics.
         """
         chosen, files = numerics_named(numerics), MappedFiles(source)
@@ -68,7 +73,7 @@ class Model:
             tiers = TieredExperts([layer.moe.experts for layer in weights.layers], rooms,
                                   source.config.num_experts_per_tok, wanted)
         files.demand_unchanged()
-        return cls(weights, source.config, chosen, files if tiers or device == "cpu" else None, tiers=tiers)
+        return cls(weights, source.config, chosen, files if tiers or device == "cpu" else None, records=records, tiers=tiers)
 
     @property
     def weight_bytes(self) -> int:
@@ -101,23 +106,44 @@ class Model:
         """Moves the state over the pieces; yields the logits that were asked for and computes no others."""
         for number, piece in enumerate(pieces, 1):
             wanted = len(piece) if logits == "all" else int(logits == "last" and number == len(pieces))
-            step = Step.at(piece, state.position, self.rope)
-            streams = embed(piece, self.weights.embed).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
             state.torn = True
-            # All of a token's kernels are on their way before the first ones are done. Prompts keep them busy enough.
-            with backends.queued() if len(piece) == 1 and piece.device.type == "cpu" else nullcontext():
-                last = self._trunk(Joined(streams), step, state)
-                rows = self._head(last, wanted) if wanted else None
-            state.position += len(piece)
+            if len(piece) == 1 and backends.repeatable(piece.device.type):
+                rows = self._repeated(piece, state, wanted)
+                state.moved(state.position + 1)
+            else:
+                step, streams = Step.at(piece, state.position, self.rope), self._embedded(piece)  # longer there than the queue
+                # All of a token's kernels are on their way before the first ones are done. Prompts keep them busy enough.
+                with backends.queued() if len(piece) == 1 and piece.device.type == "cpu" else nullcontext():
+                    rows = self._computed(streams, step, state, wanted)
+                state.position += len(piece)
             state.torn = False
-            if rows is not None:
+            if wanted:
                 yield rows
 
-    def _trunk(self, given: Joined, step: Step, state: State) -> Joined:
-        """streams [t, hc_mult, hidden] -> the same after the last layer."""
+    def _repeated(self, ids: Tensor, state: State, wanted: int) -> Tensor:
+        """Logits of a single token, whose launches may be those of an earlier one."""
+        position, config = state.position, self.config
+        ratios = sorted({ratio for ratio in map(config.ratio, range(config.num_hidden_layers)) if ratio})
+        full = tuple(ratio for ratio in ratios if (position + 1) % ratio == 0)
+        chooses = any(block.attention.indexer.chooses(position + 1) for block in self.blocks if block.attention.indexer)
+
+        def compute(ids: Tensor, live: Tensor) -> Tensor:
+            return self._computed(self._embedded(ids), Step.at(ids, position, self.rope, live), state, wanted)
+
+        if state.recording is None:
+            state.recording = Recording(self.device, recorder(self.device) if self.records else None)
+        return state.recording.run((full, chooses, wanted), ids, position, compute)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """ids [t] -> streams [t, hc_mult, hidden], all alike."""
+        return embed(ids, self.weights.embed).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+
+    def _computed(self, streams: Tensor, step: Step, state: State, wanted: int) -> Tensor:
+        """Moves the state over a step; logits [wanted, vocab] of its last tokens, or what is left of the streams."""
+        given = Joined(streams)
         for block, layer in zip(self.blocks, state.layers, strict=True):
             given = block(given, step, layer)
-        return given
+        return self._head(given, wanted) if wanted else given.streams
 
     def _head(self, given: Joined, wanted: int) -> Tensor:
         """Logits [wanted, vocab] of the last tokens."""
