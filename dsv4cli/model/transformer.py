@@ -107,6 +107,9 @@ class Model:
         for number, piece in enumerate(pieces, 1):
             wanted = len(piece) if logits == "all" else int(logits == "last" and number == len(pieces))
             state.torn = True
+            if len(piece) == 1 and backends.asks_ahead():
+                for block in self.blocks:
+                    block.moe.ask_for(int(piece))
             if len(piece) == 1 and backends.repeatable(piece.device.type):
                 rows = self._repeated(piece, state, wanted)
                 state.moved(state.position + 1)

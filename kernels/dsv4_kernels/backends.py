@@ -153,6 +153,11 @@ def ask_ahead(at_once: int) -> None:
     library.ask_ahead(at_once)
 
 
+def asks_ahead() -> bool:
+    """Whether experts are asked for before they are multiplied."""
+    return library.asks_ahead()
+
+
 def queued(*, lazily: bool = False) -> AbstractContextManager[None]:
     """Queues the CPU kernels called within, which then compute while Python goes on; see native.queue for what that asks of
     the caller. All are computed when it ends. Nothing is queued while somebody watches, who wants to see numbers, nor where

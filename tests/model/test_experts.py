@@ -116,6 +116,37 @@ def test_prompts_bring_experts_along_and_leave_slots_alone(bound: Bound, ids: Te
     assert tiered(model).resident == [set(some(3)[:20])]
 
 
+@pytest.mark.parametrize("count", [None, 17])
+def test_experts_that_a_tokens_id_names_are_asked_for_before_its_first_layer(count: int | None, bound: Bound,
+                                                                             ids: Tensor) -> None:
+    model = bound(expand_limit=0, rooms=[] if count is None else [room(count)], wanted=some(4))
+    held = model.tiers.layers[0].slots if model.tiers else {}
+    moe = model.weights.layers[0].moe
+    met: list[tuple[str, tuple[object, ...]]] = []
+    expected = walked(model, ids, [5, 1])[-1]
+    backends.ask_ahead(1 << 20)
+    try:
+        assert torch.equal(walked(model, ids, [5, 1])[-1], expected)  # asking for real changes nothing
+        with backends.watched(lambda door, given: met.append((door, given))):
+            state = model.new_state(6)
+            model.forward(ids[:5], state)
+            assert "ask_for" not in dict(met)  # prompts need nearly all
+            met.clear()
+            model.forward(ids[5:6], state)
+    finally:
+        backends.ask_ahead(0)
+    asked = [given for door, given in met if door == "ask_for"]
+    assert moe.table is not None
+    assert [experts is moe.experts for experts, _ in asked] == [True]  # one layer is routed by token id
+    assert asked[0][1] == [number for number in moe.table[ids[5]].tolist() if number not in held]
+    doors = [door for door, _ in met]
+    assert doors.index("ask_for") < doors.index("mix_streams")
+    met.clear()
+    with backends.watched(lambda door, given: met.append((door, given))):
+        walked(model, ids, [1])
+    assert "ask_for" not in dict(met)  # all of it is in memory
+
+
 def test_a_card_with_less_memory_than_it_said_has_fewer_slots(bound: Bound, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     made, real = [0], alloc.empty
 
