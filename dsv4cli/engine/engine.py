@@ -13,7 +13,7 @@ from dsv4_kernels import backends
 from dsv4_quant.files import Source, open_source
 from dsv4cli.engine import opening, turn
 from dsv4cli.engine.device import Place, demand_device
-from dsv4cli.engine.hot import Counts, Hot, counts_path
+from dsv4cli.engine.hot import Counts, Hot, Pace, counts_path
 from dsv4cli.engine.loaded import Loaded
 from dsv4cli.engine.memory import MemoryPlan
 from dsv4cli.engine.records import Token
@@ -84,9 +84,9 @@ def _bound(source: Source, numerics: str, place: Place, fingerprint: str) -> tup
     if not rooms:
         return Model.bind(source, numerics=numerics, device=place.device), None
     path = counts_path(fingerprint)
-    counts = Counts.load(path, source.config)
-    model = Model.bind(source, numerics=numerics, rooms=rooms, wanted=counts.ranked())
-    return model, Hot(model.tiers, counts, place.plan.cards[0].expert, path) if model.tiers is not None else None
+    counts, pace = Counts.load(path, source.config), Pace.of(source.config, place.plan.cards[0])
+    model = Model.bind(source, numerics=numerics, rooms=rooms, wanted=counts.dealt(rooms, pace))
+    return model, Hot(model.tiers, counts, pace, path) if model.tiers is not None else None
 
 
 def _demand_threads(threads: int | None) -> None:

@@ -11,22 +11,47 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import finalize
 
 from dsv4_quant.config import ModelConfig
 from dsv4cli import console, paths
 from dsv4cli.engine import machine
 from dsv4cli.engine.atomic import whole_file
-from dsv4cli.engine.placement import Expert, Learner, Load, Placement, Rates
+from dsv4cli.engine.cards import CardShare
+from dsv4cli.engine.placement import Copies, Expert, Learner, Load, Placement, by_time
+from dsv4cli.engine.rates import Costs
 from dsv4cli.errors import Dsv4Error
 from dsv4cli.model.experts import TieredExperts
+from dsv4cli.model.slots import Room
 
 HORIZON = 256  # tokens between two exchanges, in which a copy has to pay
-MEMORY, LINK, DISK = 40e9, 12e9, 2e9  # bytes a second, where the machine was never measured
-CARD = 10  # times the memory's rate: a card whose rate nobody measured. Between 5 and 25, exchanges hardly differ
+MEMORY, VRAM, LINK, DISK = 40e9, 400e9, 12e9, 2e9  # bytes a second, where the machine was never measured
+READ_S, JOIN_S = 16e-6, 16e-6  # until the host has the router's choice, and until the card has the CPU's part: assumed
+
+
+class Pace(NamedTuple):
+    """What decides where experts lie: sizes, seconds, and seconds of a copy."""
+
+    load: Load
+    costs: Costs
+    copies: Copies
+    visits: int  # experts that a token chooses in a layer
+
+    @classmethod
+    def of(cls, config: ModelConfig, card: CardShare) -> Pace:
+        """By what this machine was measured to reach, as far as it was. card: one that the model is opened on."""
+        known = machine.load()
+        rates = known.rates() if known else {}
+        memory, vram = rates.get("memory") or MEMORY, rates.get("vram") or VRAM
+        link, disk = rates.get("to_gpu") or LINK, rates.get("sequential") or DISK
+        size, dense = card.expert, card.dense // max(1, card.last - card.first)
+        near = size / memory
+        costs = Costs(dense / vram, 0.0, size / vram, near, near + size / disk, 0.0, card=True, read=READ_S, join=JOIN_S)
+        load = Load(config.num_hidden_layers, config.n_routed_experts, size, dense)
+        return cls(load, costs, Copies(size / disk, size / link), config.num_experts_per_tok)
 
 
 @dataclass
@@ -38,11 +63,16 @@ class Counts:
     chosen: Counter[Expert] = field(default_factory=Counter)
     seen: float = 0
 
-    def ranked(self) -> list[Expert]:
-        """All experts, the most frequent first. Those never seen are dealt evenly to the layers, so that card and CPU share
-        the work of each."""
-        everyone = ((layer, number) for number in range(self.experts) for layer in range(self.layers))
-        return sorted(everyone, key=lambda expert: (-self.chosen[expert], expert[1], expert[0]))
+    def dealt(self, rooms: Sequence[Room], pace: Pace) -> list[Expert]:
+        """What belongs into the cards' slots, the most frequent first: as many of each layer as its time is worth."""
+        found = []
+        for room in rooms:
+            own = Counter({(layer - room.first, number): count for (layer, number), count in self.chosen.items()
+                           if room.first <= layer < room.last})
+            load = replace(pace.load, layers=room.last - room.first)
+            for layer, number in by_time(own, load, pace.costs, pace.visits, room.slots, 0).vram:
+                found.append((layer + room.first, number))
+        return sorted(found, key=lambda expert: (-self.chosen[expert], expert))
 
     def save(self, path: Path) -> None:
         """Whole or not at all. Raises Dsv4Error where it cannot be written."""
@@ -81,17 +111,16 @@ def counts_path(fingerprint: str) -> Path:
 class Hot:
     """Keeps the experts in slots up to date. One for a model, whatever the number of sessions."""
 
-    def __init__(self, tiers: TieredExperts, counts: Counts, expert_bytes: int, path: Path,
+    def __init__(self, tiers: TieredExperts, counts: Counts, pace: Pace, path: Path,
                  say: Callable[[str], None] = console.note) -> None:
         """counts: learned before, and changed from now on. path: where to keep them. say: takes a sentence for the user."""
         self.tiers, self.counts = tiers, counts
         self._path, self._say, self._told = path, say, False
-        load, rates = Load(counts.layers, counts.experts, expert_bytes, 0), _rates()
         self.learners = []
         for room, resident in zip(tiers.rooms, tiers.resident, strict=True):
             everyone = {(layer, number) for layer in range(room.first, room.last) for number in range(counts.experts)}
             own = Counter({expert: count for expert, count in counts.chosen.items() if expert in everyone})
-            self.learners.append(Learner(Placement(resident, everyone - resident), own, counts.seen, load, rates, HORIZON))
+            self.learners.append(Learner(Placement(resident, everyone - resident), own, counts.seen, *pace[:3], HORIZON))
         self._finalizer = finalize(self, _keep, path, counts, self.learners)
         if tiers.lacking:
             self._say_smaller()
@@ -146,10 +175,3 @@ def _keep(path: Path, counts: Counts, learners: Sequence[Learner]) -> None:
         counts.seen = learners[0].seen
         with suppress(Dsv4Error, OSError):
             counts.save(path)
-
-
-def _rates() -> Rates:
-    """Of this machine, as far as it was measured."""
-    known = machine.load()
-    memory = (known and known.memory) or MEMORY
-    return Rates(CARD * memory, memory, (known and known.sequential) or DISK, (known and known.to_gpu) or LINK, 0.0)

@@ -19,8 +19,10 @@ from dsv4cli.engine import engine as opened
 from dsv4cli.engine import hot, opening
 from dsv4cli.engine.cards import CardShare
 from dsv4cli.engine.device import Place
-from dsv4cli.engine.hot import Counts, Hot, counts_path
+from dsv4cli.engine.hot import Counts, Hot, Pace, counts_path
 from dsv4cli.engine.memory import MemoryPlan
+from dsv4cli.engine.placement import Copies, Load
+from dsv4cli.engine.rates import Costs
 from dsv4cli.errors import CapacityError
 from dsv4cli.model.experts import TieredExperts
 from dsv4cli.model.slots import Room
@@ -32,6 +34,10 @@ from tests.support.tolerance import CHUNKS, assert_close
 SHAPE = Shape(ratios=(0, 4, 128), experts=8)
 LAYERS, SLOTS = len(SHAPE.ratios), 9
 IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(2)).tolist()
+SHARE = CardShare(0, LAYERS, None, 0, 0, 0, 0, 0, 0, expert=53_000, experts=LAYERS * SHAPE.experts, slots=SLOTS)
+ROOM = Room("cpu", 0, LAYERS, SLOTS)
+SECONDS = Costs(0, 0, 1e-7, 1e-6, 3e-5, 0, card=True)
+PACE = Pace(Load(LAYERS, SHAPE.experts, SHARE.expert, 0), SECONDS, Copies(1e-5, 1e-6), SHAPE.chosen)
 Opened = Callable[[], Engine]
 
 
@@ -45,8 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def on_card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Opened:
     """Opens the model on a card for SLOTS experts, which is the CPU."""
-    share = CardShare(0, LAYERS, None, 0, 0, 0, 0, 0, 0, expert=53_000, experts=LAYERS * SHAPE.experts, slots=SLOTS)
-    plan = MemoryPlan(512, 0, 0, 0, 0, 64, 1 << 30, 0, available=None, cards=(share,))
+    plan = MemoryPlan(512, 0, 0, 0, 0, 64, 1 << 30, 0, available=None, cards=(SHARE,))
     monkeypatch.setattr(opening, "place_of", lambda *_: Place("cpu", "it was asked for", plan))
     bind = Model.bind
     monkeypatch.setattr(opened.Model, "bind", lambda *given, **options: bind(*given, expand_limit=0, **options))
@@ -68,7 +73,7 @@ def test_an_engine_learns_and_computes_the_same(on_card: Opened, monkeypatch: py
     moved: list[int] = []
     real = TieredExperts.replace
     monkeypatch.setattr(TieredExperts, "replace", lambda self, out, into: moved.append(len(into)) or real(self, out, into))
-    monkeypatch.setattr(hot, "_rates", lambda: hot.Rates(1e12, 1e6, 1e6, 1e9, 0.0))  # copies cost nothing
+    monkeypatch.setattr(hot, "LINK", 1e15)  # copies cost nothing
     engine = on_card()
     learned = rows(engine)
     assert sum(moved) > 0, "nothing was exchanged"
@@ -94,9 +99,9 @@ def test_what_was_learned_is_there_at_the_next_start(on_card: Opened) -> None:
     assert not Counts.load(path, replace(again.config, n_routed_experts=9)).chosen  # another model's
     assert {place: count for place, count in keeper(again).learners[0].counts.items() if count} == \
         {place: count for place, count in counts.items() if count}
-    ranked = keeper(again).counts.ranked()
     assert again.model.tiers is not None
-    assert again.model.tiers.resident == [set(ranked[:SLOTS])]
+    pace = Pace.of(again.config, SHARE)
+    assert again.model.tiers.resident == [set(keeper(again).counts.dealt([ROOM], pace))]
 
 
 @pytest.mark.parametrize("damage", [
@@ -112,13 +117,19 @@ def test_a_damaged_file_counts_as_none(damage: str, tmp_path: Path, folder: Path
     assert Counts.load(tmp_path / "counts.json", config) == Counts(LAYERS, SHAPE.experts)
 
 
-def test_without_counts_every_layer_has_its_share() -> None:
-    assert Counts(3, 8).ranked()[:5] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
+def test_slots_are_dealt_by_time_and_the_most_frequent_come_first() -> None:
+    seen = {(0, 1): 90, (0, 4): 80, (1, 2): 100, (2, 7): 70}
+    dealt = Counts(LAYERS, SHAPE.experts, hot.Counter(seen), 100).dealt([ROOM._replace(slots=4)], PACE)
+    assert dealt == [(1, 2), (0, 1), (0, 4), (2, 7)]
+    two = [ROOM._replace(last=1, slots=1), ROOM._replace(first=1, slots=2)]
+    assert Counts(LAYERS, SHAPE.experts, hot.Counter(seen), 100).dealt(two, PACE) == [(1, 2), (0, 1), (2, 7)]
+    assert len(Counts(LAYERS, SHAPE.experts).dealt([ROOM], PACE)) == SLOTS
 
 
 def test_two_sessions_do_not_drive_each_others_experts_out(on_card: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each prefers experts of its own. Alternating, they agree on a placement and keep it, whoever spoke last."""
     monkeypatch.setattr(hot, "HORIZON", 32)
+    monkeypatch.setattr(Counts, "dealt", lambda *_: [(layer, number) for number in range(3) for layer in range(LAYERS)])
     engine = on_card()
     tiers = engine.model.tiers
     assert tiers is not None
@@ -178,7 +189,7 @@ def test_learners_have_the_layers_of_their_card(folder: Path, tmp_path: Path) ->
     model = Model.bind(open_source(folder), expand_limit=0, rooms=[Room("cpu", 0, 1, 2), Room("cpu", 1, 3, 5)])
     assert model.tiers is not None
     counts = Counts(LAYERS, SHAPE.experts, hot.Counter({(0, 7): 3, (2, 1): 2}), 9)
-    one, other = Hot(model.tiers, counts, 1, tmp_path / "counts.json").learners
+    one, other = Hot(model.tiers, counts, PACE, tmp_path / "counts.json").learners
     assert (one.counts, other.counts) == ({(0, 7): 3}, {(2, 1): 2})
     assert (len(one.placement.vram), len(one.placement.ram)) == (2, 6)
     assert (len(other.placement.vram), len(other.placement.ram)) == (5, 11)
