@@ -21,7 +21,7 @@ from dsv4cli import console, paths
 from dsv4cli.engine import machine
 from dsv4cli.engine.atomic import whole_file
 from dsv4cli.engine.cards import CardShare
-from dsv4cli.engine.placement import Copies, Expert, Learner, Load, Placement, by_time
+from dsv4cli.engine.placement import Expert, Learner, Load, Placement, Rates, by_time
 from dsv4cli.engine.rates import Costs
 from dsv4cli.errors import Dsv4Error
 from dsv4cli.model.experts import TieredExperts
@@ -33,11 +33,11 @@ READ_S, JOIN_S = 16e-6, 16e-6  # until the host has the router's choice, and unt
 
 
 class Pace(NamedTuple):
-    """What decides where experts lie: sizes, seconds, and seconds of a copy."""
+    """What decides where experts lie: sizes, seconds of a layer's parts, and rates of copies."""
 
     load: Load
     costs: Costs
-    copies: Copies
+    rates: Rates
     visits: int  # experts that a token chooses in a layer
 
     @classmethod
@@ -51,7 +51,7 @@ class Pace(NamedTuple):
         near = size / memory
         costs = Costs(dense / vram, 0.0, size / vram, near, near + size / disk, 0.0, card=True, read=READ_S, join=JOIN_S)
         load = Load(config.num_hidden_layers, config.n_routed_experts, size, dense)
-        return cls(load, costs, Copies(size / disk, size / link), config.num_experts_per_tok)
+        return cls(load, costs, Rates(vram, memory, disk, link), config.num_experts_per_tok)
 
 
 @dataclass
@@ -120,7 +120,8 @@ class Hot:
         for room, resident in zip(tiers.rooms, tiers.resident, strict=True):
             everyone = {(layer, number) for layer in range(room.first, room.last) for number in range(counts.experts)}
             own = Counter({expert: count for expert, count in counts.chosen.items() if expert in everyone})
-            self.learners.append(Learner(Placement(resident, everyone - resident), own, counts.seen, *pace[:3], HORIZON))
+            self.learners.append(Learner(Placement(resident, everyone - resident), own, counts.seen, pace.load, pace.rates,
+                                         HORIZON, across=False))
         self._finalizer = finalize(self, _keep, path, counts, self.learners)
         if tiers.lacking:
             self._say_smaller()

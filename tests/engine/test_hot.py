@@ -21,7 +21,7 @@ from dsv4cli.engine.cards import CardShare
 from dsv4cli.engine.device import Place
 from dsv4cli.engine.hot import Counts, Hot, Pace, counts_path
 from dsv4cli.engine.memory import MemoryPlan
-from dsv4cli.engine.placement import Copies, Load
+from dsv4cli.engine.placement import Load, Rates
 from dsv4cli.engine.rates import Costs
 from dsv4cli.errors import CapacityError
 from dsv4cli.model.experts import TieredExperts
@@ -37,7 +37,7 @@ IDS = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(2)).t
 SHARE = CardShare(0, LAYERS, None, 0, 0, 0, 0, 0, 0, expert=53_000, experts=LAYERS * SHAPE.experts, slots=SLOTS)
 ROOM = Room("cpu", 0, LAYERS, SLOTS)
 SECONDS = Costs(0, 0, 1e-7, 1e-6, 3e-5, 0, card=True)
-PACE = Pace(Load(LAYERS, SHAPE.experts, SHARE.expert, 0), SECONDS, Copies(1e-5, 1e-6), SHAPE.chosen)
+PACE = Pace(Load(LAYERS, SHAPE.experts, SHARE.expert, 0), SECONDS, Rates(5e11, 5e10, 2e9, 5e10), SHAPE.chosen)
 Opened = Callable[[], Engine]
 
 
