@@ -72,10 +72,10 @@ class Sizes(NamedTuple):
     contexts: tuple[int, ...]
     prompt: int
     gen: int
-    warm: int  # tokens that are decoded before any is timed
+    warm: int  # tokens that are decoded before any is timed; with 9, those of both usual kinds are recorded by then
 
 
-FLASH = Sizes(4096, 1024, 32768, 2048, 256, 6, 64, 512, 64, 128, 512, (1, 8, 512), (128, 4096, 131072), 8192, 64, 4)
+FLASH = Sizes(4096, 1024, 32768, 2048, 256, 6, 64, 512, 64, 128, 512, (1, 8, 512), (128, 4096, 131072), 8192, 64, 9)
 SMALL = Sizes(64, 256, 16, 64, 2, 1, 2, 16, 2, 16, 2, (1, 9), (4,), 4, 1, 0)
 
 
@@ -231,10 +231,12 @@ def fitting(random: Generator, room: int) -> RandomSource | None:
     return source if layers == LAYERS else RandomSource(flash(layers), named("q2"), random)
 
 
-def whole(source: RandomSource, s: Sizes, roof: Ceilings) -> Iterator[Row]:
-    """The model's prompt and decode rates; the host reads one number a token. Raises RuntimeError where logits are no numbers."""
+def whole(source: RandomSource, s: Sizes, roof: Ceilings, eager: bool) -> Iterator[Row]:
+    """The model's prompt and decode rates; the host reads one number a token. eager: launches are not recorded.
+
+    Raises RuntimeError where logits are no numbers."""
     device = source.random.device
-    model = Model.bind(source, expand_limit=0, device=device.type)  # type: ignore[arg-type]  # what bind asks of a source, it has
+    model = Model.bind(source, expand_limit=0, device=device.type, records=not eager)  # type: ignore[arg-type]  # bind asks no more
     same = {"format": "q2", "layers": len(model.blocks)}
 
     def waited() -> float:
@@ -260,6 +262,8 @@ def whole(source: RandomSource, s: Sizes, roof: Ceilings) -> Iterator[Row]:
         for _ in range(s.gen):
             logits = model.forward(logits.argmax(-1).cpu(), state)
         seconds = (waited() - start) / s.gen
+        if device.type == "cuda" and not eager and state.recording.trouble:
+            print(f"No CUDA graph: {state.recording.trouble}.")
         if not logits.isfinite().all():
             raise RuntimeError(f"the logits behind {context} tokens are no numbers")
         nbytes = bytes_per_token(model, context)
@@ -299,7 +303,7 @@ def rows_of(options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
         if source is None:
             print("No model: not even three layers fit into the card's memory.")
         else:
-            yield from whole(source, s, roof)
+            yield from whole(source, s, roof, options.eager)
     yield from rival(options.gguf, s)
 
 
@@ -337,6 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", choices=("", *OPERATIONS))
+    parser.add_argument("--eager", action="store_true", help="describe every decoded token anew, without CUDA graphs")
     parser.add_argument("--gguf", help="a file for llama-bench")
     parser.add_argument("--small", action="store_true", help="everything small, in Triton's interpreter")
     parser.add_argument("--out", help="CSV to append the rows to")

@@ -45,16 +45,16 @@ class Attention:
         w, c = self.weights, self.config
         turns = step.compress_turns if self.ratio else step.window_turns
         latent, kv, *compressed = linears(x, self.of_x)
-        choosing = [self.indexer.weights.wq_b] if self.indexer is not None and self.indexer.chooses(step) else []
+        choosing = [self.indexer.weights.wq_b] if self.indexer is not None and self.indexer.chooses(step.start + len(x)) else []
         q, *index_q = linears(latent, [w.wq_b, *choosing], self.norm_q)
         q = norm_rotate(q.unflatten(-1, (c.num_attention_heads, c.head_dim)), None, c.rms_norm_eps, turns)
 
-        keys = state.ring.place(len(x), step.start)
-        keep_keys(kv, w.kv_norm, c.rms_norm_eps, turns, self.numerics.kv, keys)
-        recent = state.ring.push(keys, step.start)
+        keys, row = state.ring.place(step)
+        keep_keys(kv, w.kv_norm, c.rms_norm_eps, turns, self.numerics.kv, keys, row)
+        recent = state.ring.push(keys, step)
         entries = self._entries(compressed, index_q, step, state)
         # A key carries its rotation into the value it also is; turning back leaves only the distance to the query.
-        out = sparse_attention(q, recent, entries, w.sink, c.sliding_window, turns)
+        out = sparse_attention(q, recent, entries, w.sink, c.sliding_window, turns, step.live)
         out = grouped_linear(out.reshape(len(x), c.o_groups, -1), w.wo_a).flatten(1)
         return project_into_streams(out, w.wo_b, residual)
 
@@ -68,7 +68,7 @@ class Attention:
         chosen = None
         if self.indexer is not None:
             chosen = self.indexer(of_indexer, index_q, visible, step, state)
-        return Entries(state.entries.store.filled, visible, chosen)
+        return Entries(state.entries.store.seen(step), visible, chosen)
 
 
 class Indexer:
@@ -82,9 +82,9 @@ class Indexer:
         self.compressor = Compressor(weights.compressor, ratio, config.rms_norm_eps, numerics.index)
         self.of_x = [weights.compressor.wkv, weights.compressor.wgate, weights.weights_proj]
 
-    def chooses(self, step: Step) -> bool:
-        """Whether there will be more entries than attention may look at."""
-        return (step.start + len(step.ids)) // self.ratio > self.topk
+    def chooses(self, tokens: int) -> bool:
+        """Whether the entries of so many tokens are more than attention may look at."""
+        return tokens // self.ratio > self.topk
 
     def __call__(self, projected: list[Tensor], q: list[Tensor], visible: Tensor, step: Step,
                  state: LayerState) -> Tensor | None:
@@ -98,4 +98,4 @@ class Indexer:
         if not q:
             return None
         queries = rotate(q[0].unflatten(-1, (self.heads, self.width)), step.compress_turns)
-        return top_indices(self.numerics.index_queries(queries), weights, state.index.store.filled, visible, self.topk)
+        return top_indices(self.numerics.index_queries(queries), weights, state.index.store.seen(step), visible, self.topk)

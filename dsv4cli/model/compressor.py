@@ -22,7 +22,7 @@ class Compressor:
 
     def __call__(self, kv: Tensor, scores: Tensor, step: Step, memory: Compressed) -> None:
         """Takes the tokens' normed inputs as wkv and wgate project them; stores the entries that they complete."""
-        pooled = compress(kv, scores, self.weights.ape, memory.pending, step.start)
+        pooled = compress(kv, scores, self.weights.ape, memory.pending, step.start, step.live)
         if len(pooled):
             turns = step.groups(self.ratio).turns
-            keep_keys(pooled, self.weights.norm, self.eps, turns, self.rounding, memory.store.extend(len(pooled)))
+            keep_keys(pooled, self.weights.norm, self.eps, turns, self.rounding, *memory.store.place(step))

@@ -18,7 +18,9 @@ from dsv4_kernels.compressor import OVERLAPPING, Pending
 from dsv4_quant.config import ModelConfig
 from dsv4cli.errors import CorruptError, UsageError
 from dsv4cli.model.numerics import Numerics
+from dsv4cli.model.recording import Recording
 from dsv4cli.model.sizes import state_bytes
+from dsv4cli.model.step import Step
 
 FIRST_CAPACITY = 1024  # tokens
 
@@ -29,17 +31,23 @@ class Ring:
     def __init__(self, window: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows = alloc.empty((window, width), dtype, device)
 
-    def place(self, t: int, position: int) -> Tensor:
-        """Where the keys [t, d] of tokens position .. position + t are to be written before `push` takes them."""
+    def place(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Where the keys [t, d] of a step's tokens are to be written before `push` takes them: rows, and of a live step which of
+        them."""
+        window, t = len(self.rows), len(step.ids)
+        if step.live is not None:
+            return self.rows, step.ring_row(window)
         if t == 1:
-            slot = position % len(self.rows)
-            return self.rows[slot:slot + 1]
-        return alloc.empty((t, self.rows.shape[1]), self.rows.dtype, self.rows.device)
+            slot = step.start % window
+            return self.rows[slot:slot + 1], None
+        return alloc.empty((t, self.rows.shape[1]), self.rows.dtype, self.rows.device), None
 
-    def push(self, kv: Tensor, position: int) -> Tensor:
+    def push(self, kv: Tensor, step: Step) -> Tensor:
         """Takes what was written to `place`; returns the keys that these tokens see: up to window - 1 tokens before, then
-        their own, in order (for t = 1 in the ring's order, which a single query does not mind)."""
-        window, t = len(self.rows), len(kv)
+        their own, in order (for t = 1 in the ring's, which a single query does not mind; the whole ring for a live step)."""
+        window, t, position = len(self.rows), len(step.ids), step.start
+        if step.live is not None:
+            return self.rows
         if t == 1:
             return self.rows[:min(position + 1, window)]
         slots = torch.arange(max(0, position - window + 1), position + t, device=kv.device) % window
@@ -64,6 +72,16 @@ class Store:
     @property
     def filled(self) -> Tensor:
         return self.rows[:self.count]
+
+    def place(self, step: Step) -> tuple[Tensor, Tensor | None]:
+        """Where a step writes the entries of the groups that it completes: rows, and of a live step which of them."""
+        if step.live is not None:
+            return self.rows, step.entry_row(self.ratio)
+        return self.extend(len(step.groups(self.ratio).turns)), None
+
+    def seen(self, step: Step) -> Tensor:
+        """The entries that a step's tokens may look at; for a live step all that there is room for, filled or not."""
+        return self.rows if step.live is not None else self.filled
 
     def reserve(self, tokens: int) -> None:
         """Makes room for the full groups of so many tokens."""
@@ -150,6 +168,7 @@ class State:
         self.numerics = numerics
         self.position = 0
         self.capacity = 0
+        self.recording: Recording | None = None  # of this state's memory, where it lies now
         self.torn = False  # a forward pass was interrupted between two layers
         self.layers = [LayerState.fresh(config, layer, numerics.cache, torch.device(device))
                        for layer in range(config.num_hidden_layers)]
@@ -170,6 +189,7 @@ class State:
             raise UsageError(f"{tokens} tokens do not fit into a state of {self.max_tokens}.",
                              "Open the model with a larger context, or shorten the prompt.")
         if tokens > self.capacity:
+            self.recording = None  # storage moves
             self.capacity = min(self.max_tokens, max(tokens, 2 * self.capacity, FIRST_CAPACITY))
             for layer in self.layers:
                 for _, part in layer.compressed():
@@ -192,10 +212,15 @@ class State:
         _demand_same(wanted, snapshot.contents)
         for name, tensor in wanted.items():
             tensor.copy_(snapshot.contents[name])
+        self.moved(snapshot.position)
+        self.torn = False
+
+    def moved(self, position: int) -> None:
+        """From now on the state is that of `position` tokens, whose entries are where they belong."""
         for layer in self.layers:
             for _, part in layer.compressed():
-                part.store.count = snapshot.position // part.store.ratio
-        self.position, self.torn = snapshot.position, False
+                part.store.count = position // part.store.ratio
+        self.position = position
 
     def demand_whole(self) -> None:
         """Raises UsageError when a forward pass over this state did not come to its end."""

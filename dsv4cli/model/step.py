@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -41,7 +42,9 @@ class Groups(NamedTuple):
 class Step:
     """Tokens ids int64 [t] at positions start .. start + t; turns complex64 [t, pairs] for both kinds of layer.
 
-    Whatever depends on positions alone is made once, here, on the device of the ids; it lives as long as the step.
+    Whatever depends on positions alone is made once, here, on the device of the ids; it lives as long as the step. `live` is
+    None, or int64 [1]: the only token's position in the device's memory. Kernels then read it there, all else is computed from
+    it, and `start` only says of what kind the token is, so that the launches of one step serve the next one of its kind.
     """
 
     ids: Tensor
@@ -49,18 +52,37 @@ class Step:
     positions: Tensor
     window_turns: Tensor
     compress_turns: Tensor
+    live: Tensor | None
     _rope: Rope
     _groups: dict[int, Groups] = field(default_factory=dict)
+    _rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def at(cls, ids: Tensor, start: int, rope: Rope) -> Step:
-        positions = torch.arange(start, start + len(ids), device=ids.device)
-        return cls(ids, start, positions, turns(positions, rope.window), turns(positions, rope.compress), rope)
+    def at(cls, ids: Tensor, start: int, rope: Rope, live: Tensor | None = None) -> Step:
+        positions = torch.arange(start, start + len(ids), device=ids.device) if live is None else live
+        return cls(ids, start, positions, turns(positions, rope.window), turns(positions, rope.compress), live, rope)
 
     def groups(self, ratio: int) -> Groups:
         """The groups of all layers that compress `ratio` tokens into one."""
         if ratio not in self._groups:
-            end = (self.start + len(self.ids)) // ratio
-            firsts = torch.arange(self.start // ratio, end, device=self.ids.device) * ratio
+            begin, end = self.start // ratio, (self.start + len(self.ids)) // ratio
+            if self.live is not None and end > begin:
+                firsts = self.entry_row(ratio) * ratio
+            else:
+                firsts = torch.arange(begin, end, device=self.ids.device) * ratio
             self._groups[ratio] = Groups((self.positions + 1) // ratio, turns(firsts, self._rope.compress))
         return self._groups[ratio]
+
+    def ring_row(self, window: int) -> Tensor:
+        """int64 [1]: where a ring keeps the key of a live step's token."""
+        return self._row(("ring", window), lambda position: position % window)
+
+    def entry_row(self, ratio: int) -> Tensor:
+        """int64 [1]: which entry a live step's token belongs to."""
+        return self._row(("entry", ratio), lambda position: position // ratio)
+
+    def _row(self, name: tuple[str, int], of: Callable[[Tensor], Tensor]) -> Tensor:
+        if name not in self._rows:
+            assert self.live is not None, "the host knows where other steps' tokens go"
+            self._rows[name] = of(self.live)
+        return self._rows[name]

@@ -19,6 +19,7 @@ from dsv4cli.errors import UsageError
 from dsv4cli.model.block import Block
 from dsv4cli.model.files import MappedFiles
 from dsv4cli.model.numerics import Numerics, numerics_named
+from dsv4cli.model.recording import Recording, recorder
 from dsv4cli.model.sizes import EXPAND_LIMIT
 from dsv4cli.model.state import State
 from dsv4cli.model.step import Rope, Step
@@ -32,12 +33,14 @@ Logits = Literal["last", "all", "none"]
 class Model:
     """The trunk with its weights. Immutable; what changes with the tokens is in a State."""
 
-    def __init__(self, weights: ModelWeights, config: ModelConfig, numerics: Numerics, files: MappedFiles | None = None) -> None:
-        """files: those that weights are mapped from, if any are."""
+    def __init__(self, weights: ModelWeights, config: ModelConfig, numerics: Numerics, files: MappedFiles | None = None, *,
+                 records: bool = True) -> None:
+        """files: those that weights are mapped from, if any are. records: whether decoded tokens may be CUDA graphs."""
         self.weights = weights
         self.config = config
         self.numerics = numerics
         self.files = files
+        self.records = records
         self.device = weights.norm.device
         self.rope = Rope.of(config).to(self.device)
         readers = [*(layer.hc_attn for layer in weights.layers[1:]), weights.hc_head]
@@ -46,16 +49,17 @@ class Model:
 
     @classmethod
     def bind(cls, source: Source, *, numerics: str = "official", expand_limit: int = EXPAND_LIMIT,
-             device: str = "cpu") -> Model:
+             device: str = "cpu", records: bool = True) -> Model:
         """Binds the trunk's weights; packed ones stay views of the source's files, or are copied to `device` as stored.
 
         numerics: "plain" or "official". expand_limit: bytes of float32 weights up to which the model is decoded once.
+        records: whether on a card the launches of decoded tokens are recorded and replayed; without, each is described anew.
         Raises CorruptFile for a missing tensor, a wrong shape or a file that changes meanwhile, UsageError for unknown numerics.
         """
         chosen, files = numerics_named(numerics), MappedFiles(source)
         weights = bind(source, expand_limit, exact=chosen.exact, device=device)
         files.demand_unchanged()
-        return cls(weights, source.config, chosen, files if device == "cpu" else None)
+        return cls(weights, source.config, chosen, files if device == "cpu" else None, records=records)
 
     @property
     def weight_bytes(self) -> int:
@@ -88,23 +92,44 @@ class Model:
         """Moves the state over the pieces; yields the logits that were asked for and computes no others."""
         for number, piece in enumerate(pieces, 1):
             wanted = len(piece) if logits == "all" else int(logits == "last" and number == len(pieces))
-            step = Step.at(piece, state.position, self.rope)
-            streams = embed(piece, self.weights.embed).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
             state.torn = True
-            # All of a token's kernels are on their way before the first ones are done. Prompts keep them busy enough.
-            with backends.queued() if len(piece) == 1 and piece.device.type == "cpu" else nullcontext():
-                last = self._trunk(Joined(streams), step, state)
-                rows = self._head(last, wanted) if wanted else None
-            state.position += len(piece)
+            if len(piece) == 1 and backends.repeatable(piece.device.type):
+                rows = self._repeated(piece, state, wanted)
+                state.moved(state.position + 1)
+            else:
+                step, streams = Step.at(piece, state.position, self.rope), self._embedded(piece)  # longer there than the queue
+                # All of a token's kernels are on their way before the first ones are done. Prompts keep them busy enough.
+                with backends.queued() if len(piece) == 1 and piece.device.type == "cpu" else nullcontext():
+                    rows = self._computed(streams, step, state, wanted)
+                state.position += len(piece)
             state.torn = False
-            if rows is not None:
+            if wanted:
                 yield rows
 
-    def _trunk(self, given: Joined, step: Step, state: State) -> Joined:
-        """streams [t, hc_mult, hidden] -> the same after the last layer."""
+    def _repeated(self, ids: Tensor, state: State, wanted: int) -> Tensor:
+        """Logits of a single token, whose launches may be those of an earlier one."""
+        position, config = state.position, self.config
+        ratios = sorted({ratio for ratio in map(config.ratio, range(config.num_hidden_layers)) if ratio})
+        full = tuple(ratio for ratio in ratios if (position + 1) % ratio == 0)
+        chooses = any(block.attention.indexer.chooses(position + 1) for block in self.blocks if block.attention.indexer)
+
+        def compute(ids: Tensor, live: Tensor) -> Tensor:
+            return self._computed(self._embedded(ids), Step.at(ids, position, self.rope, live), state, wanted)
+
+        if state.recording is None:
+            state.recording = Recording(self.device, recorder(self.device) if self.records else None)
+        return state.recording.run((full, chooses, wanted), ids, position, compute)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """ids [t] -> streams [t, hc_mult, hidden], all alike."""
+        return embed(ids, self.weights.embed).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+
+    def _computed(self, streams: Tensor, step: Step, state: State, wanted: int) -> Tensor:
+        """Moves the state over a step; logits [wanted, vocab] of its last tokens, or what is left of the streams."""
+        given = Joined(streams)
         for block, layer in zip(self.blocks, state.layers, strict=True):
             given = block(given, step, layer)
-        return given
+        return self._head(given, wanted) if wanted else given.streams
 
     def _head(self, given: Joined, wanted: int) -> Tensor:
         """Logits [wanted, vocab] of the last tokens."""

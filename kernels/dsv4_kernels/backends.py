@@ -160,6 +160,12 @@ def queued(*, lazily: bool = False) -> AbstractContextManager[None]:
     return nullcontext() if _watchers or NATIVE.get("cpu") != "cpu" else queue.queued(lazily=lazily)
 
 
+def repeatable(device: str) -> bool:
+    """Whether launches on devices of this type may be recorded and repeated for another token: what the Triton kernels compute,
+    unless somebody watches, who would see only the first."""
+    return NATIVE.get(device) == "gpu" and not _watchers
+
+
 def gpu_trouble() -> QuantError | None:
     """Why the Triton kernels cannot run here, or None when they can wherever torch finds a card."""
     if find_spec("triton") is None:

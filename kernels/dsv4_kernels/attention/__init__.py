@@ -23,13 +23,15 @@ class Entries(NamedTuple):
 
 
 def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int,
-                     turns: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+                     turns: Tensor | None = None, at: Tensor | None = None, *, backend: str | None = None) -> Tensor:
     """softmax(q . kv / sqrt(d)) . kv, where each kv vector is key and value of every head.
 
     q [t, heads, d]; recent [m + t, d]: the m tokens before the first query's and the queries' own, in order; query i
     sees the last `window` of recent[: m + i + 1] (for t = 1 the order is free). sink [heads] takes part in the
     denominator alone. kv may be of a narrower float type. -> like q. Keys are scored in tiles of queries. With turns complex
-    [t, pairs] the result is turned back by them: a key carries its rotation into the value that it also is.
+    [t, pairs] the result is turned back by them: a key carries its rotation into the value that it also is. at: int64 [1], the
+    position of the only query in the device's memory, from where a recorded launch reads it each time; `recent` is then a ring
+    of `window` rows, of which those of the last at + 1 tokens are filled.
     """
     t, heads, d = q.shape
     demand_shape("recent", recent, None, d)
@@ -41,6 +43,10 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
         demand_shape("visible", entries.visible, t)
         if entries.chosen is not None:
             demand_shape("chosen", entries.chosen, t, None)
+    if at is not None:
+        demand_shape("position", at, 1)
+        demand_shape("q", q, 1, None, None)
+        demand_shape("ring", recent, window, d)
     if turns is not None:
         demand_shape("turns", turns, t, None)
-    return pick("attention", q.device.type, backend).module.sparse_attention(q, recent, entries, sink, window, turns)
+    return pick("attention", q.device.type, backend).module.sparse_attention(q, recent, entries, sink, window, turns, at)

@@ -14,12 +14,12 @@ signature("dsv4_sparse_attention", P, I, I, I, P, I, P, I, P, P, I, P, I, I, P, 
 
 
 def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int,
-                     turns: Tensor | None = None) -> Tensor:
+                     turns: Tensor | None = None, at: Tensor | None = None) -> Tensor:
     if entries is not None and not len(entries.kv):
         entries = None
-    if q.dtype != float32 or sink.dtype != float32 or recent.dtype not in (float32, bfloat16) or not _fit(entries, recent) or (
-            turns is not None and (turns.dtype != complex64 or turns.is_conj())):
-        return by_torch(ref.sparse_attention, q, recent, entries, sink, window, turns)
+    if at is not None or not q.dtype == sink.dtype == float32 or recent.dtype not in (float32, bfloat16) or (
+            not _fit(entries, recent)) or (turns is not None and (turns.dtype != complex64 or turns.is_conj())):
+        return by_torch(ref.sparse_attention, q, recent, entries, sink, window, turns, at)
     t, heads, d = q.shape
     q, recent, sink = dense(q), dense(recent), dense(sink)
     out = alloc.empty_like(q)

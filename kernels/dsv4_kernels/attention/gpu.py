@@ -32,11 +32,11 @@ class Plan(NamedTuple):
 
 
 def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int,
-                     turns: Tensor | None = None) -> Tensor:
+                     turns: Tensor | None = None, at: Tensor | None = None) -> Tensor:
     if entries is not None and not len(entries.kv):
         entries = None
     if not q.dtype == sink.dtype == float32 or recent.dtype not in CACHED or not _fit(entries, recent) or not q.numel():
-        return ref.sparse_attention(q, recent, entries, sink, window, turns)
+        return ref.sparse_attention(q, recent, entries, sink, window, turns, at)
     (t, heads, d), q, recent, sink = q.shape, dense(q), dense(recent), dense(sink)
     kv, visible, chosen, n, k = recent, q, q, 0, 0  # whatever is not there is not read
     if entries is not None:
@@ -50,9 +50,9 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
         parts = alloc.empty((t, plan.splits, heads, d), float32, q.device)
         stats = alloc.empty((t, plan.splits, heads, 2), float32, q.device)
     _attend[(t, triton.cdiv(heads, HEADS), plan.splits)](
-        q, recent, kv, visible, chosen, sink, parts, stats, len(recent) - t, heads, d, n, k, window, d**-0.5,
-        CHOOSING=k > 0, SPLIT=plan.splits > 1, HEADS=HEADS, KEYS=plan.keys, D=padded(d, 16), WIDE=recent.dtype == float32,
-        DOT=DOT, **options({**sizes, "warps": min(4, sizes["warps"])} if d <= 128 else sizes))
+        q, recent, kv, visible, chosen, sink, q if at is None else at, parts, stats, len(recent) - t, heads, d, n, k, window,
+        d**-0.5, CHOOSING=k > 0, SPLIT=plan.splits > 1, LIVE=at is not None, HEADS=HEADS, KEYS=plan.keys, D=padded(d, 16),
+        WIDE=recent.dtype == float32, DOT=DOT, **options({**sizes, "warps": min(4, sizes["warps"])} if d <= 128 else sizes))
     if plan.splits > 1:
         _join[(t, heads)](parts, stats, out, plan.splits, heads, d, SPLITS=padded(plan.splits), D=padded(d),
                           num_warps=warps(padded(plan.splits) * d))
@@ -85,11 +85,14 @@ def _absorb(q: Block, keys: Block, seen: Block, most: Block, total: Block, out: 
 
 
 @triton.jit(do_not_specialize=["before", "n", "k", "window"])
-def _attend(q: Pointer, recent: Pointer, kv: Pointer, visible: Pointer, chosen: Pointer, sink: Pointer, parts: Pointer,
-            stats: Pointer, before: int, heads: int, d: int, n: int, k: int, window: int, scale: float, CHOOSING: tl.constexpr,
-            SPLIT: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
-            DOT: tl.constexpr) -> None:
-    """parts [t, splits, heads, d] and stats [t, splits, heads, 2]; unless SPLIT, parts is the output itself."""
+def _attend(q: Pointer, recent: Pointer, kv: Pointer, visible: Pointer, chosen: Pointer, sink: Pointer, at: Pointer,
+            parts: Pointer, stats: Pointer, before: int, heads: int, d: int, n: int, k: int, window: int, scale: float,
+            CHOOSING: tl.constexpr, SPLIT: tl.constexpr, LIVE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+            D: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr) -> None:
+    """parts [t, splits, heads, d] and stats [t, splits, heads, 2]; unless SPLIT, parts is the output itself.
+    LIVE: the only token's position is read from `at`, and `recent` is a ring of `window` rows."""
+    if LIVE:
+        before = tl.minimum(tl.load(at), window - 1).to(tl.int32)
     token, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     head, channel, lane = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D), tl.arange(0, KEYS)
     inside = (head < heads)[:, None] & (channel < d)[None, :]
@@ -148,11 +151,11 @@ def _join(parts: Pointer, stats: Pointer, out: Pointer, splits: int, heads: int,
 
 
 AHEAD = (
-    Case(_attend, "*fp32 *bf16 *bf16 *i64 *i64 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32 i32 i32 fp32",
-         {"CHOOSING": True, "SPLIT": True, "HEADS": HEADS, "KEYS": default("attention.attend")["keys"], "D": 512, "WIDE": False,
+    Case(_attend, "*fp32 *bf16 *bf16 *i64 *i64 *fp32 *i64 *fp32 *fp32 i32 i32:16 i32:16 i32 i32 i32 fp32",
+         {"CHOOSING": True, "SPLIT": True, "LIVE": True, "HEADS": HEADS, "KEYS": default("attention.attend")["keys"], "D": 512,
+          "WIDE": False, "DOT": DOT}, warps=8, stages=1),
+    Case(_attend, "*fp32 *fp32 *fp32 *i64 *i64 *fp32 *i64 *fp32 *fp32 i32 i32:16 i32:16 i32 i32 i32 fp32",
+         {"CHOOSING": False, "SPLIT": False, "LIVE": False, "HEADS": HEADS, "KEYS": WIDE_KEYS, "D": 512, "WIDE": True,
           "DOT": DOT}, warps=8, stages=1),
-    Case(_attend, "*fp32 *fp32 *fp32 *i64 *i64 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32 i32 i32 fp32",
-         {"CHOOSING": False, "SPLIT": False, "HEADS": HEADS, "KEYS": WIDE_KEYS, "D": 512, "WIDE": True, "DOT": DOT}, warps=8,
-         stages=1),
     Case(_join, "*fp32 *fp32 *fp32 i32 i32:16 i32:16", {"SPLITS": 32, "D": 512}, warps=8),
 )

@@ -14,8 +14,10 @@ NEVER = float("-inf")
 
 
 def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int,
-                     turns: Tensor | None = None) -> Tensor:
+                     turns: Tensor | None = None, at: Tensor | None = None) -> Tensor:
     t, heads, d = q.shape
+    if at is not None:
+        recent = recent[:min(int(at) + 1, window)]
     out = alloc.empty_like(q)
     q = q * d ** -0.5
     recent = recent.to(q.dtype)

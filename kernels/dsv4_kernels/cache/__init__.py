@@ -20,19 +20,26 @@ def keep(rows: Tensor, to: Tensor, *, backend: str | None = None) -> None:
     pick("cache", rows.device.type, backend).module.keep(rows, to)
 
 
-def keep_keys(x: Tensor, norm: Tensor, eps: float, turns: Tensor, rounding: Rounding, to: Tensor, *,
+def keep_keys(x: Tensor, norm: Tensor, eps: float, turns: Tensor, rounding: Rounding, to: Tensor, row: Tensor | None = None, *,
               backend: str | None = None) -> None:
     """Makes keys of their projections and keeps them: x [t, d] is normed by norm [d], turned by turns complex [t, pairs], rounded
     (`rounding.round_kv`, `rounding.round_index` or not at all) and written to `to` [t, d], as by `keep`.
 
-    Raises ValueError when shapes differ, for a rounding that there is not, or where blocks do not fit d.
+    row: int64 [1] in the device's memory, the row of `to` [n, d] that takes the only key, t = 1; it is read when the kernel
+    runs, so a recorded launch may be repeated for another. Raises ValueError when shapes differ, for a rounding that there is
+    not, or where blocks do not fit d.
     """
     demand_shape("norm weight", norm, x.shape[-1])
     demand_shape("turns", turns, x.shape[0], None)
-    demand_shape("cache rows", to, *x.shape)
+    if row is None:
+        demand_shape("cache rows", to, *x.shape)
+    else:
+        demand_shape("row", row, 1)
+        demand_shape("x", x, 1, None)
+        demand_shape("cache rows", to, None, x.shape[1])
     if rounding not in get_args(Rounding):
         raise ValueError(f"there is no rounding {rounding!r}; there are {', '.join(get_args(Rounding))}")
     if rounding != "none":
         still = x.shape[-1] - 2 * turns.shape[-1]
         demand_multiple("rounded part", still if rounding == "kv" else x.shape[-1], KV_BLOCK if rounding == "kv" else INDEX_BLOCK)
-    pick("cache", x.device.type, backend).module.keep_keys(x, norm, eps, turns, rounding, to)
+    pick("cache", x.device.type, backend).module.keep_keys(x, norm, eps, turns, rounding, to, row)

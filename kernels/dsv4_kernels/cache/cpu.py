@@ -26,11 +26,12 @@ def keep(rows: Tensor, to: Tensor) -> None:
     load().dsv4_keep(dense(rows).data_ptr(), rows.numel(), to.dtype == bfloat16, to.data_ptr())
 
 
-def keep_keys(x: Tensor, norm: Tensor, eps: float, turns: Tensor, rounding: Rounding, to: Tensor) -> None:
-    if not x.dtype == norm.dtype == float32 or turns.dtype != complex64 or to.dtype not in (float32, bfloat16) or (
-            turns.is_conj() or not to.is_contiguous()):
+def keep_keys(x: Tensor, norm: Tensor, eps: float, turns: Tensor, rounding: Rounding, to: Tensor,
+              row: Tensor | None = None) -> None:
+    if row is not None or not x.dtype == norm.dtype == float32 or turns.dtype != complex64 or turns.is_conj() or (
+            to.dtype not in (float32, bfloat16) or not to.is_contiguous()):
         settle()
-        ref.keep_keys(x, norm, eps, turns, rounding, to)
+        ref.keep_keys(x, norm, eps, turns, rounding, to, row)
         return
     rows, d = x.shape
     load().dsv4_keep_keys(dense(x).data_ptr(), dense(norm).data_ptr(), eps, dense(turns).data_ptr(), rows, d, turns.shape[1],

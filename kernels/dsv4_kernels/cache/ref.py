@@ -13,10 +13,14 @@ def keep(rows: Tensor, to: Tensor) -> None:
     to.copy_(rows)
 
 
-def keep_keys(x: Tensor, norm: Tensor, eps: float, turns: Tensor, rounding: Rounding, to: Tensor) -> None:
+def keep_keys(x: Tensor, norm: Tensor, eps: float, turns: Tensor, rounding: Rounding, to: Tensor,
+              row: Tensor | None = None) -> None:
     keys = norm_rotate(x, norm, eps, turns)
     if rounding == "kv":
         keys = round_kv(keys, 2 * turns.shape[-1])
     elif rounding == "index":
         keys = round_index(keys)
-    keep(keys, to)
+    if row is None:
+        keep(keys, to)
+    else:
+        to.index_copy_(0, row, keys.to(to.dtype))

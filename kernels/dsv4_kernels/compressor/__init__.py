@@ -37,20 +37,21 @@ class Pending(NamedTuple):
         return cls(alloc.full(shape, 0.0, dtype, device), alloc.full(shape, float("-inf"), dtype, device))
 
 
-def compress(kv: Tensor, scores: Tensor, ape: Tensor, pending: Pending, position: int, *,
+def compress(kv: Tensor, scores: Tensor, ape: Tensor, pending: Pending, position: int, at: Tensor | None = None, *,
              backend: str | None = None) -> Tensor:
     """Entries of the groups that these tokens complete; `pending` is brought up to date in place.
 
     kv, scores [t, c * d]: the projections of tokens position .. position + t; ape [ratio, c * d] is added to a token's
     scores by its place in the group. -> [groups, d], before norm and rotation; row i is the entry of group
     position // ratio + i. A group is pooled per channel with the softmax of its scores; with overlap, eight candidates:
-    the previous group's first d channels and this group's last d.
+    the previous group's first d channels and this group's last d. at: int64 [1], the position in the device's memory, from
+    where a recorded launch reads it each time; whether a group is completed is the host's to know and stays as it was recorded.
     """
     ratio = ape.shape[0]
     slots, width = Pending.shape(ratio, ape.shape[1] // (2 if ratio == OVERLAPPING else 1))
     demand_shape("ape", ape, None, width)
-    demand_shape("kv", kv, None, width)
+    demand_shape("kv", kv, None if at is None else 1, width)
     demand_shape("scores", scores, kv.shape[0], width)
     demand_shape("pending kv", pending.kv, slots, width)
     demand_shape("pending scores", pending.scores, slots, width)
-    return pick("compressor", kv.device.type, backend).module.compress(kv, scores, ape, pending, position)
+    return pick("compressor", kv.device.type, backend).module.compress(kv, scores, ape, pending, position, at)

@@ -12,7 +12,8 @@ from dsv4_kernels.native.queue import by_torch, dense
 signature("dsv4_compress", P, P, P, P, P, I, I, I, I, I, P)
 
 
-def compress(kv: Tensor, scores: Tensor, ape: Tensor, pending: Pending, position: int) -> Tensor:
+def compress(kv: Tensor, scores: Tensor, ape: Tensor, pending: Pending, position: int,
+             at: Tensor | None = None) -> Tensor:
     if not _fits(kv, scores, ape, pending):
         return by_torch(ref.compress, kv, scores, ape, pending, position)
     kv, scores, ape = dense(kv), dense(scores), dense(ape)

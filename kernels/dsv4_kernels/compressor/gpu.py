@@ -19,7 +19,8 @@ from dsv4_kernels.gpu import Pointer, dense, padded
 TILE = 1024  # values of a program: slots times channels
 
 
-def compress(kv: Tensor, scores: Tensor, ape: Tensor, pending: Pending, position: int) -> Tensor:
+def compress(kv: Tensor, scores: Tensor, ape: Tensor, pending: Pending, position: int,
+             at: Tensor | None = None) -> Tensor:
     if not _fits(kv, scores, ape, pending):
         return ref.compress(kv, scores, ape, pending, position)
     (t, width), ratio = kv.shape, ape.shape[0]
@@ -28,9 +29,11 @@ def compress(kv: Tensor, scores: Tensor, ape: Tensor, pending: Pending, position
     groups = (filled + t) // ratio
     entries = alloc.empty((groups, d), float32, kv.device)
     if t:
-        given = dense(kv), dense(scores), dense(ape), pending.kv, pending.scores, entries, t, filled, ratio, d
+        live = kv if at is None else at
+        given = dense(kv), dense(scores), dense(ape), pending.kv, pending.scores, entries, live, t, filled, ratio, d
         slots = padded(halves * ratio)
-        shape = {"HALVES": halves, "SLOTS": slots, "WIDTH": min(padded(d), 32, max(8, TILE // slots))}
+        shape = {"HALVES": halves, "SLOTS": slots, "LIVE": at is not None,
+                 "WIDTH": min(padded(d), 32, max(8, TILE // slots))}
         tiles = triton.cdiv(d, shape["WIDTH"])
         if groups > 1:
             _compress[(tiles, groups)](*given, groups, POOL=True, KEEP=False, **shape)
@@ -44,14 +47,17 @@ def _fits(kv: Tensor, scores: Tensor, ape: Tensor, pending: Pending) -> bool:
 
 
 @triton.jit(do_not_specialize=["t", "filled", "groups"])
-def _compress(kv: Pointer, scores: Pointer, ape: Pointer, pending_kv: Pointer, pending_scores: Pointer, entries: Pointer, t: int,
-              filled: int, ratio: int, d: int, groups: int, POOL: tl.constexpr, KEEP: tl.constexpr, HALVES: tl.constexpr,
-              SLOTS: tl.constexpr, WIDTH: tl.constexpr) -> None:
+def _compress(kv: Pointer, scores: Pointer, ape: Pointer, pending_kv: Pointer, pending_scores: Pointer, entries: Pointer,
+              position: Pointer, t: int, filled: int, ratio: int, d: int, groups: int, POOL: tl.constexpr, KEEP: tl.constexpr,
+              LIVE: tl.constexpr, HALVES: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr) -> None:
     """WIDTH channels of a group's entry, of both halves where groups overlap.
 
     Row r counts the slots of `pending` that are filled, and after them the tokens: r < before + filled lies in `pending`.
-    Candidate i of group g is row g * ratio + i; those of the previous group count with their first half.
+    Candidate i of group g is row g * ratio + i; those of the previous group count with their first half. LIVE: the token's
+    position is read from `position`, and `filled` says nothing.
     """
+    if LIVE:
+        filled = (tl.load(position) % ratio).to(tl.int32)
     channel = (tl.program_id(0) * WIDTH + tl.arange(0, WIDTH))[None, :]
     slot = tl.arange(0, SLOTS)[:, None]
     before = (HALVES - 1) * ratio
@@ -89,8 +95,8 @@ def _compress(kv: Pointer, scores: Pointer, ape: Pointer, pending_kv: Pointer, p
 
 
 AHEAD = (
-    Case(_compress, "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32 i32:16 i32",
-         {"POOL": True, "KEEP": True, "HALVES": 2, "SLOTS": 8, "WIDTH": 32}),
-    Case(_compress, "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 i32 i32 i32:16 i32:16 i32",
-         {"POOL": True, "KEEP": True, "HALVES": 1, "SLOTS": 128, "WIDTH": 8}),
+    Case(_compress, "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *i64 i32 i32 i32 i32:16 i32",
+         {"POOL": True, "KEEP": True, "LIVE": True, "HALVES": 2, "SLOTS": 8, "WIDTH": 32}),
+    Case(_compress, "*fp32 *fp32 *fp32 *fp32 *fp32 *fp32 *i64 i32 i32 i32:16 i32:16 i32",
+         {"POOL": True, "KEEP": True, "LIVE": True, "HALVES": 1, "SLOTS": 128, "WIDTH": 8}),
 )

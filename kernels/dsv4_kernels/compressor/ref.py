@@ -8,7 +8,8 @@ from torch import Tensor
 from dsv4_kernels.compressor import Pending
 
 
-def compress(kv: Tensor, scores: Tensor, ape: Tensor, pending: Pending, position: int) -> Tensor:
+def compress(kv: Tensor, scores: Tensor, ape: Tensor, pending: Pending, position: int,
+             at: Tensor | None = None) -> Tensor:
     ratio = len(ape)
     before = len(pending.kv) - ratio  # rows of the previous group: ratio with overlap, else none
     filled = position % ratio

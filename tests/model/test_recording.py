@@ -1,0 +1,120 @@
+"""A decoded token's launches, recorded and replayed: no card is here, so a stand-in repeats them (tests/support/replay.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from dsv4_kernels import alloc, backends
+from dsv4_quant.files import open_source
+from dsv4cli.model import transformer
+from dsv4cli.model.recording import Recording, recorder
+from dsv4cli.model.state import Snapshot, State
+from dsv4cli.model.transformer import Model
+from tests.kernels.interpreter import QUIET
+from tests.support.replay import Replay
+from tests.support.synth import Checkpoint, Shape
+
+pytest.importorskip("triton")
+pytestmark = QUIET
+
+# Both kinds of layers that compress; their window is that of the others. Of 32 entries, which 128 tokens make, one too many
+# to look at.
+SMALL = Shape(ratios=(4, 128), experts=4, heads=2, index_heads=2, index_topk=31, vocab=64, rounds=2,
+              hidden=128, width=64, q_rank=128, o_rank=32)
+BEFORE = 126
+# The ring is full at 128 tokens, which complete a group of 128 and one of 4; from then on the indexer chooses.
+IDS = torch.randint(0, SMALL.vocab, (BEFORE + 6,), generator=torch.Generator().manual_seed(7))
+KINDS = {((), False, 1), ((4, 128), True, 1), ((), True, 1), ((4,), True, 1)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = Checkpoint(SMALL, seed=5).write(tmp_path_factory.mktemp("synth"))
+    return Model.bind(open_source(path), numerics="official")
+
+
+@pytest.fixture(scope="module")
+def prompted(model: Model) -> tuple[State, Snapshot]:
+    """By the CPU's kernels, which are soon done."""
+    state = model.new_state(1100)
+    state.reserve(len(IDS))
+    model.forward(IDS[:BEFORE], state)
+    return state, state.snapshot()
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    with backends.interpreted():
+        yield
+
+
+def decoded(model: Model, state: State, start: Snapshot) -> Tensor:
+    state.restore(start)
+    return torch.cat([model.forward(token, state) for token in IDS[BEFORE:].split(1)])
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_replayed_tokens_are_bitwise_the_described_ones(model: Model, prompted: tuple[State, Snapshot],
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    state, start = prompted
+    runs: list[Replay] = []
+
+    def record(compute: Callable[[], Tensor]) -> Replay:
+        alloc.poison(False)  # filling memory would be launches too
+        runs.append(Replay(compute))
+        return runs[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "repeatable", lambda device: False)
+        by_host = decoded(model, state, start)  # positions are numbers of the host, as in prompts
+    assert state.recording is None
+    monkeypatch.setattr(transformer, "recorder", lambda device: record)
+    for met in (1, 2, 3):
+        assert torch.equal(decoded(model, state, start), by_host), f"round {met}"
+    recording = state.recording
+    assert isinstance(recording, Recording)
+    assert recording.trouble is None
+    assert set(recording._runs) == KINDS
+    assert all(run.replayed for run in runs), "a kind was recorded and never replayed"
+    after = state.snapshot()
+    state.reserve(1025)  # moves the storage, whose addresses the recorded runs know
+    assert state.recording is None
+    assert torch.equal(model.forward(IDS[:1], state), _next(model, after))
+
+
+def _next(model: Model, after: Snapshot) -> Tensor:
+    """The next token's logits in a state of its own."""
+    other = model.new_state(400)
+    other.restore(after)
+    return model.forward(IDS[:1], other)
+
+
+def test_where_something_waits_for_the_card_nothing_is_recorded_and_it_is_said() -> None:
+    def refuse(compute: Callable[[], Tensor]) -> Replay:
+        asked.append(compute)
+        raise RuntimeError("operation not permitted when stream is capturing\nand so on")
+
+    asked: list[object] = []
+    recording = Recording(torch.device("cpu"), refuse)
+    found = [recording.run("kind", torch.tensor([id]), 10 + id, lambda ids, position: 100 * ids + position) for id in range(4)]
+    assert torch.cat(found).tolist() == [10, 111, 212, 313]
+    assert recording.trouble == "operation not permitted when stream is capturing"
+    assert len(asked) == 1
+
+
+def test_the_stand_in_notices_who_reads_what_the_device_computes() -> None:
+    x = torch.ones(3)
+    with pytest.raises(RuntimeError, match="_local_scalar_dense waits"):
+        Replay(lambda: x * int(x.sum()))
+
+
+def test_only_cards_record() -> None:
+    assert recorder(torch.device("cpu")) is None
+    assert not backends.repeatable("cpu")
+    with backends.watched(lambda door, given: None):
+        assert not backends.repeatable("cuda")
+    assert backends.repeatable("cuda")
