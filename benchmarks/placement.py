@@ -1,43 +1,51 @@
 """How fast a model would decode on other people's machines, by where its experts lie: a simulation.
 
-    python benchmarks/placement.py [--tokens 400] [--skew 0,0.5,1] [--cpu benchmarks/results/cpu.csv]
+    python benchmarks/placement.py [--tokens 400] [--skew 0,0.5,1] [--recorded [MODEL]]
 
-Synthetic traces go through dsv4cli.engine.placement. The machines' rates are assumptions, not measurements. Each skew
-is the exponent of a Zipf distribution over a layer's experts. The first half of a trace
-is learned from, the second half is timed.
-With --cpu it also says how well measured rates of one file are foretold from the fractions that other files reached.
+Traces go through dsv4cli.engine.placement and the arithmetic of dsv4cli.engine.rates. The machines' rates are assumptions, not
+measurements. Each skew is the exponent of a Zipf distribution over a layer's experts. The first half of a trace is learned
+from, the second half is timed. With --recorded also choices that a model (tiny) made in conversations are replayed, on machines
+with as large a part of its experts in VRAM.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from pathlib import Path
-from statistics import median
+from typing import Any
 
 from dsv4cli.engine.placement import (
+    Copies,
     Expert,
     Learner,
     Load,
     Placement,
-    Rates,
     Token,
     by_counts,
+    by_time,
     fewest_misses,
     token_seconds,
     uses_of,
 )
+from dsv4cli.engine.rates import Costs
 
 GB = 1e9
 KERNEL = 0.75  # of a memory's bandwidth that kernels reach; what rivals publish for theirs
-LAYER_S = 60e-6  # lost once a layer: launches, the hand-over between GPU and CPU
+LAUNCH_S = 1e-6  # between two launches of a captured graph; a layer of ours has 26 to 32 (tests/model/test_launches.py), of which
+BESIDE, ALONE = 4, 25  # these are of its experts, and these are not
+READ_S = 16e-6  # until the CPU knows what a layer chose
+JOIN_S = 16e-6  # until the GPU has what the CPU computed
+CPU_LAYER_S = 60e-6  # lost in every layer without a GPU
 HORIZON = 256  # tokens between two exchanges, in which a copy has to pay
-FLASH = Load(43, 256, 3 * 4096 * 2048 * 17 // 32, 170_000_000)  # MXFP4 experts; dense: some 7.3 GB of Q8_0 over 43 layers
-PRO = Load(61, 384, 3 * 7168 * 3072 * 17 // 32, 445_000_000)
+# MXFP4 experts; of Q8_0 what is dense, some 7.3 GB over Flash's 43 layers, the shared experts among it
+FLASH = Load(43, 256, 3 * 4096 * 2048 * 17 // 32, 143_000_000, 3 * 4096 * 2048 * 34 // 32)
+PRO = Load(61, 384, 3 * 7168 * 3072 * 17 // 32, 375_000_000, 3 * 7168 * 3072 * 34 // 32)
+POLICIES, BOUNDS = ("first layers", "LRU", "hot"), ("placement bound", "split bound", "clairvoyant")
+QUESTIONS = ("What is {0} + {1}?", "What is the capital of France?", "My name is Anna. What is my name?", "Tell me a story.",
+             "What is the capital of Japan? Then add {0} and {1}.", "Hello!")
 CHOSEN, HASHED = 6, 3  # experts a token visits in a layer; first layers, routed by token id
 
 
@@ -53,10 +61,22 @@ class Machine:
     link_gb_s: float
     disk_gb_s: float
     load: Load = FLASH
+    visits: int = 6  # experts that a token chooses in a layer
 
-    def rates(self, layer_s: float) -> Rates:
-        kernels = [KERNEL * rate * GB for rate in (self.vram_gb_s, self.ram_gb_s)]
-        return Rates(*kernels, self.disk_gb_s * GB, self.link_gb_s * GB, layer_s)
+    def costs(self, lost: bool = True) -> Costs:
+        """lost: whether launches and hand-overs take time."""
+        load, ram = self.load, KERNEL * self.ram_gb_s * GB
+        fast, near = KERNEL * self.vram_gb_s * GB if self.vram else ram, load.expert_bytes / ram
+        costs = Costs(load.dense_bytes / fast, load.shared_bytes / fast, load.expert_bytes / fast, near,
+                      near + load.expert_bytes / (self.disk_gb_s * GB), 0.0, card=self.vram > 0)
+        if not lost:
+            return costs
+        if not costs.card:
+            return replace(costs, lost=CPU_LAYER_S)
+        return replace(costs, lost=ALONE * LAUNCH_S, shared=costs.shared + BESIDE * LAUNCH_S, read=READ_S, join=JOIN_S)
+
+    def copies(self) -> Copies:
+        return Copies(self.load.expert_bytes / (self.disk_gb_s * GB), self.load.expert_bytes / (self.link_gb_s * GB))
 
     def slots(self) -> tuple[int, int]:
         return int(self.vram * GB / self.load.expert_bytes), int(self.ram * GB / self.load.expert_bytes)
@@ -82,6 +102,46 @@ def trace(load: Load, skew: float, tokens: int, seed: int = 1) -> list[Token]:
             for _ in range(tokens)]
 
 
+def recorded(model: str, count: int) -> tuple[list[Token], int]:
+    """The experts that a model chose for `count` tokens of conversations, and how many a layer has to choose from."""
+    from dsv4_kernels import backends
+    from dsv4cli import Engine
+    from dsv4cli.engine.sampling import Sampling
+
+    engine, rng, tokens = Engine.open(model, threads=1), random.Random(1), list[Token]()
+    session, layers, step = engine.session(), engine.config.num_hidden_layers, list[list[list[int]]]()
+
+    def watch(door: str, given: tuple[Any, ...]) -> None:
+        if door == "routed_experts":
+            step.append(given[2].tolist())
+        if len(step) == layers:  # a prompt's tokens come together
+            tokens.extend(zip(*step, strict=True))
+            step.clear()
+
+    with backends.watched(watch):
+        while len(tokens) < count:
+            asked = rng.choice(QUESTIONS).format(rng.randrange(100), rng.randrange(100))
+            for _ in engine.chat([{"role": "user", "content": asked}], session=session, sampling=Sampling(seed=len(tokens))):
+                if len(tokens) >= count:
+                    break
+    return tokens[:count], engine.config.n_routed_experts
+
+
+def shrunk(machine: Machine, tokens: list[Token], experts: int) -> Machine:
+    """The machine with as large a part of these tokens' experts in each tier as it has of its own model's, which cost as much."""
+    layers, visits = len(tokens[0]), len(tokens[0][0])
+    part = layers * experts / (machine.load.layers * machine.load.experts)
+    load = replace(machine.load, layers=layers, experts=experts)
+    return replace(machine, load=load, vram=part * machine.vram, ram=part * machine.ram, visits=visits)
+
+
+def busier(tokens: list[Token], experts: int) -> float:
+    """How often one of the more frequent half of a layer's experts was chosen, the halves as the whole trace tells them."""
+    counts = Counter(uses_of(tokens))
+    layers = ([counts[layer, number] for number in range(experts)] for layer in range(len(tokens[0])))
+    return sum(sum(sorted(layer, reverse=True)[:experts // 2]) for layer in layers) / sum(counts.values())
+
+
 def _choose(rng: random.Random, order: list[int], weights: list[float]) -> list[int]:
     chosen: dict[int, None] = {}
     while len(chosen) < CHOSEN:
@@ -89,15 +149,21 @@ def _choose(rng: random.Random, order: list[int], weights: list[float]) -> list[
     return list(chosen)
 
 
-def static_rate(tokens: list[Token], placement: Placement, machine: Machine, layer_s: float = LAYER_S) -> float:
-    return len(tokens) / sum(token_seconds(token, placement, machine.load, machine.rates(layer_s)) for token in tokens)
+def static_rate(tokens: list[Token], placement: Placement, machine: Machine, lost: bool = True) -> float:
+    costs = machine.costs(lost)
+    return len(tokens) / sum(token_seconds(token, placement, machine.load, costs) for token in tokens)
+
+
+def dealt(counts: Counter[Expert], machine: Machine, lost: bool = True) -> Placement:
+    """Our policy's places for what was counted."""
+    return by_time(counts, machine.load, machine.costs(lost), machine.visits, *machine.slots())
 
 
 def hot_rate(past: list[Token], tokens: list[Token], machine: Machine) -> float:
     """Tokens a second of our policy: starts from what was learned, exchanges as it goes, and pays for its copies."""
-    load, rates, counts = machine.load, machine.rates(LAYER_S), Counter(uses_of(past))
-    learner = Learner(by_counts(counts, load, *machine.slots()), counts, len(past), load, rates, HORIZON)
-    seconds = sum(token_seconds(token, learner.placement, load, rates) + learner.observe(token) for token in tokens)
+    load, costs, counts = machine.load, machine.costs(), Counter(uses_of(past))
+    learner = Learner(dealt(counts, machine), counts, len(past), load, costs, machine.copies(), HORIZON)
+    seconds = sum(token_seconds(token, learner.placement, load, costs) + learner.observe(token) for token in tokens)
     return len(tokens) / seconds
 
 
@@ -124,14 +190,16 @@ class Recent:
 
 def recent_rate(past: list[Token], tokens: list[Token], machine: Machine) -> float:
     """Tokens a second of the usual cache: a GPU computes every expert itself and fetches what it lacks, beside its hits."""
-    load, rates = machine.load, machine.rates(LAYER_S)
-    fetching = replace(rates, ram=rates.link) if machine.vram else rates
+    load, costs = machine.load, machine.costs()
+    if machine.vram:
+        fetched = machine.copies().link
+        costs = replace(costs, near=fetched, far=fetched + machine.copies().read)
     recent = Recent(by_counts(Counter(), load, *machine.slots()))
     for expert in uses_of(past):
         recent.touch(expert)
     seconds = 0.0
     for token in tokens:
-        seconds += token_seconds(token, recent.placement, load, fetching)
+        seconds += token_seconds(token, recent.placement, load, costs)
         for expert in uses_of([token]):
             recent.touch(expert)
     return len(tokens) / seconds
@@ -139,57 +207,56 @@ def recent_rate(past: list[Token], tokens: list[Token], machine: Machine) -> flo
 
 def clairvoyant_rate(tokens: list[Token], machine: Machine) -> float:
     """As many hits as knowing the future allows, starting full for nothing, free copies, no time lost in layers."""
-    uses, load, rates, (vram, ram) = uses_of(tokens), machine.load, machine.rates(0), machine.slots()
+    uses, load, costs, (vram, ram) = uses_of(tokens), machine.load, machine.costs(lost=False), machine.slots()
     compulsory = len(set(uses))
     away = max(0, fewest_misses(uses, vram) - min(vram, compulsory)) if vram else len(uses)
-    far = max(0, fewest_misses(uses, vram + ram) - min(vram + ram, compulsory))
-    fast = rates.vram or rates.ram
-    beside = load.expert_bytes * ((away - min(far, away)) / rates.ram + far / rates.disk)
-    hits = (len(uses) - away) * load.expert_bytes / fast
-    return len(tokens) / (len(tokens) * load.layers * load.dense_bytes / fast + max(hits, beside))
+    far = min(away, max(0, fewest_misses(uses, vram + ram) - min(vram + ram, compulsory)))
+    beside = (away - far) * costs.near + far * costs.far
+    layers = len(tokens) * load.layers
+    hits = layers * costs.shared + (len(uses) - away) * costs.hit
+    together = max(hits, beside) if costs.card else layers * costs.shared + beside
+    return len(tokens) / (layers * costs.dense + together)
 
 
-def compare(machine: Machine, skew: float, count: int) -> dict[str, float]:
-    """Tokens a second by policy, and by bound.
+def compare(machine: Machine, tokens: list[Token]) -> dict[str, float]:
+    """Tokens a second by policy, and by bound, for the second half of a trace.
 
-    placement bound: the fixed placement with the most hits in hindsight, with the policies' own time lost in layers, so
-    that only the choice of places differs. split bound: the same placement with none lost.
+    placement bound: the policy's own way of dealing, but from the very tokens that are timed, and with the policies' time lost
+    in layers, so that only the knowledge differs. split bound: dealt for no time lost in layers, and timed so.
     """
-    tokens = trace(machine.load, skew, count)
-    past, timed = tokens[:count // 2], tokens[count // 2:]
-    nothing = by_counts(Counter(), machine.load, *machine.slots())
-    hindsight = by_counts(Counter(uses_of(timed)), machine.load, *machine.slots())
+    past, timed = tokens[:len(tokens) // 2], tokens[len(tokens) // 2:]
+    nothing, known = by_counts(Counter(), machine.load, *machine.slots()), Counter(uses_of(timed))
+    counted = by_counts(known, machine.load, *machine.slots())
     return {"first layers": static_rate(timed, nothing, machine), "LRU": recent_rate(past, timed, machine),
-            "hot": hot_rate(past, timed, machine), "placement bound": static_rate(timed, hindsight, machine),
-            "split bound": static_rate(timed, hindsight, machine, 0.0), "clairvoyant": clairvoyant_rate(timed, machine)}
-
-
-def foretold(path: Path) -> list[tuple[str, float, float]]:
-    """File, rate foretold, rate measured: its bound times the median fraction of all rows of other files."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [(row["file"], float(row["bound"]) * median(float(other["fraction"]) for other in rows
-                                                        if other["file"] != row["file"]), float(row["dsv4_decode"]))
-            for row in rows]
+            "hot": hot_rate(past, timed, machine),
+            "placement bound": max(static_rate(timed, dealt(known, machine), machine), static_rate(timed, counted, machine)),
+            "split bound": max(static_rate(timed, dealt(known, machine, lost=False), machine, lost=False),
+                               static_rate(timed, counted, machine, lost=False)),
+            "clairvoyant": clairvoyant_rate(timed, machine)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--skew", default="0,0.5,1")
-    parser.add_argument("--cpu", type=Path)
+    parser.add_argument("--recorded", metavar="MODEL", nargs="?", const="tiny")
     options = parser.parse_args()
-    policies, bounds = ("first layers", "LRU", "hot"), ("placement bound", "split bound", "clairvoyant")
-    print("| machine | skew |", " | ".join((*policies, *bounds, *(f"hot / {name}" for name in bounds))), "|")
-    print("|---" * (2 + len(policies) + 2 * len(bounds)) + "|")
+    print("| machine | skew |", " | ".join((*POLICIES, *BOUNDS, *(f"hot / {name}" for name in BOUNDS))), "|")
+    print("|---" * (2 + len(POLICIES) + 2 * len(BOUNDS)) + "|")
     for machine in MACHINES:
         for skew in map(float, options.skew.split(",")):
-            rates = compare(machine, skew, options.tokens)
-            cells = [f"{rates[name]:.2f}" for name in (*policies, *bounds)]
-            cells += [f"{rates['hot'] / rates[name]:.2f}" for name in bounds]
-            print(f"| {machine.name} | {skew:g} |", " | ".join(cells), "|", flush=True)
-    for name, told, measured in foretold(options.cpu) if options.cpu else ():
-        print(f"{name}: foretold {told:.1f}, measured {measured:.1f} tok/s ({told / measured - 1:+.0%})")
+            show(machine.name, f"{skew:g}", compare(machine, trace(machine.load, skew, options.tokens)))
+    if options.recorded:
+        tokens, experts = recorded(options.recorded, options.tokens)
+        for machine in MACHINES:
+            show(machine.name, options.recorded, compare(shrunk(machine, tokens, experts), tokens))
+        print(f"The busier half of {options.recorded}'s experts were chosen {busier(tokens, experts):.0%} of the time.")
+
+
+def show(name: str, skew: str, rates: dict[str, float]) -> None:
+    cells = [f"{rates[name]:.2f}" for name in (*POLICIES, *BOUNDS)]
+    cells += [f"{rates['hot'] / rates[name]:.2f}" for name in BOUNDS]
+    print(f"| {name} | {skew} |", " | ".join(cells), "|", flush=True)
 
 
 if __name__ == "__main__":

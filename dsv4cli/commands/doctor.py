@@ -15,12 +15,13 @@ DEVICES = ("cpu", "cuda")  # torch calls AMD's cards cuda too
 
 def doctor(
     measure: Annotated[bool, typer.Option(
-        "--measure", metavar="", help="First measure memory, disk and GPU link, and keep what they reach.")] = False,
+        "--measure", metavar="", help="First measure memory, disk, GPU and kernels, and keep what they reach.")] = False,
     json: Json = False,
 ) -> None:
     """Describe this machine and this installation, for yourself or for a report.
 
-    --measure takes some ten seconds, in which a nameless file of 1.1 GB lies on the models' disk.
+    --measure takes some twenty seconds, in which a nameless file of 1.1 GB lies on the models' disk. `dsv4 plan` foretells
+    rates from what it finds.
     """
     from dsv4cli.commands import machine
 
@@ -55,7 +56,7 @@ def measured_now() -> None:
     from dsv4cli.engine import machine, measuring
 
     prepare_kernels(quiet=False)
-    with console.working("measuring memory, disk and GPU link ...", quiet=False):
+    with console.working("measuring memory, disk, GPU and kernels ...", quiet=False):
         machine.save(measuring.measure(paths.models()))
 
 
@@ -113,6 +114,12 @@ def _in_words(value: Any) -> str:
             return f"{path}  ({console.in_bytes(free)} free)"
         case {"bytes_s": rate}:
             return "not measured" if rate is None else f"{console.in_bytes(rate)}/s"
+        case {"kernel": rates}:
+            return ", ".join(f"{what} {console.in_bytes(rate)}/s" for what, rate in rates.items())
+        case {"macs_s": rate}:
+            return "not measured" if rate is None else f"{rate / 1e9:.1f} billion multiply-adds/s"
+        case {"seconds": spent}:
+            return "not measured" if spent is None else f"{spent * 1e6:.0f} microseconds"
         case {"bytes": size}:
             return "unknown" if size is None else console.in_bytes(size)
     return _word(value)

@@ -16,7 +16,7 @@ PACKAGES = ("torch", "triton", "numpy", "safetensors", "gguf", "tokenizers", "hu
 TELLING_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni",
                  "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "neon", "asimd", "sve", "bf16", "i8mm")
 MEASURED = {"memory": "memory", "sequential": "disk, in order", "random": "disk, at random", "to_gpu": "to the gpu",
-            "from_gpu": "from the gpu"}
+            "from_gpu": "from the gpu", "vram": "memory of the gpu"}
 CGROUP_2 = ("/sys/fs/cgroup", "memory.max")
 CGROUP_1 = ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")
 
@@ -73,7 +73,10 @@ def measured() -> dict[str, Any]:
     profile = load()
     if profile is None:
         return {"rates": "not measured; dsv4 doctor --measure does"}
-    return {**{MEASURED[name]: {"bytes_s": rate} for name, rate in profile.rates().items()},
+    kernels = {f"kernels, {name}": {"kernel": rates} for name, rates in profile.kernels.items()}
+    return {**{MEASURED[name]: {"bytes_s": rate} for name, rate in profile.rates().items()}, **kernels,
+            "attention": {"macs_s": profile.attention}, "index scores": {"macs_s": profile.index},
+            "lost in a layer": {"seconds": profile.layer_s}, "lost in a token": {"seconds": profile.token_s},
             "disk of": profile.folder, "gpu": profile.gpu or "none", "date": profile.date}
 
 

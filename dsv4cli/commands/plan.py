@@ -38,7 +38,7 @@ def plan(
     """
     entry = catalog.resolve(model)
     from dsv4_quant.files.headers import read_header
-    from dsv4cli.engine import advice, memory, tiers
+    from dsv4cli.engine import advice, machine, memory, rates, tiers
 
     header = read_header(entry.located())
     available = memory.available_memory() if ram is None else size_of(ram, "--ram")
@@ -49,16 +49,18 @@ def plan(
 
     made = planned(chosen["ctx"])
     parts, counts = tiers.by_tier(header, made), tiers.placed(made)
+    foretold = rates.foretell(header, made, numerics, machine.load())
     notes = advice.to_speed_up(header, made) if made.runs else []
     if json:
         console.print_json({"name": entry.name, "numerics": numerics, **asdict(made), "needed": made.needed, "fits": made.fits,
                             "least": made.least, "runs": made.runs, "on_disk": made.on_disk, "tiers": parts,
-                            "placed": counts._asdict(), "advice": notes})
+                            "placed": counts._asdict(), "advice": notes,
+                            "decode": asdict(foretold)})
     else:
         console.table(("PURPOSE", *parts), rows(made, parts), right=range(1, 1 + len(parts)))
         print()
         console.pairs([("context", f"{made.context:,} tokens"), *([("experts", counts.told())] if counts.told() else []),
-                       *(("note", note) for note in notes)])
+                       ("decode", foretold.told()), *(("note", note) for note in notes)])
     if not made.runs:
         refuse(entry.name, made, advice.to_run(header, made, planned))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,13 @@ class Profile:
     to_gpu        from pinned memory to the GPU called `gpu`; from_gpu is the way back
     folder        whose disk was read
     date          of the measurement, as YYYY-MM-DD
+    vram          all of the GPU reading its memory together
+    kernels       of each format that our CPU kernels read: bytes of its weights "cached" in the processor, "streamed" from
+                  memory, and of "experts", six of many; one token, all threads
+    attention     multiply-adds a second of one token's attention, and of an indexer's scores: `index`
+    layer_s       seconds that a layer takes beside its products, and a token beside its layers: token_s
+
+    The rates behind `date` are missing in profiles of earlier versions.
     """
 
     memory: float | None
@@ -39,13 +46,21 @@ class Profile:
     gpu: str | None
     folder: str
     date: str
+    vram: float | None = None
+    kernels: dict[str, dict[str, float]] = field(default_factory=dict)
+    attention: float | None = None
+    index: float | None = None
+    layer_s: float | None = None
+    token_s: float | None = None
 
     def rates(self) -> dict[str, float | None]:
         """Bytes a second, by field."""
         return {name: getattr(self, name) for name in RATES}
 
 
-RATES = ("memory", "sequential", "random", "to_gpu", "from_gpu")
+RATES = ("memory", "sequential", "random", "to_gpu", "from_gpu", "vram")
+NUMBERS = (*RATES, "attention", "index", "layer_s", "token_s")
+SPEEDS = {"cached", "streamed", "experts"}
 WORDS = ("folder", "date")
 
 
@@ -74,9 +89,17 @@ def load() -> Profile | None:
 
 
 def _is_profile(said: Any) -> bool:
-    return (isinstance(said, dict) and said.keys() == {field.name for field in fields(Profile)}
-            and all(said[name] is None or _is_rate(said[name]) for name in RATES)
-            and all(isinstance(said[name], str) for name in WORDS) and isinstance(said["gpu"], str | None))
+    names = [each.name for each in fields(Profile)]
+    oldest = set(names[:names.index("date") + 1])
+    return (isinstance(said, dict) and oldest <= said.keys() <= set(names)
+            and all(said.get(name) is None or _is_rate(said[name]) for name in NUMBERS)
+            and all(isinstance(said[name], str) for name in WORDS) and isinstance(said["gpu"], str | None)
+            and _are_speeds(said.get("kernels", {})))
+
+
+def _are_speeds(said: Any) -> bool:
+    return isinstance(said, dict) and all(isinstance(each, dict) and each.keys() == SPEEDS and all(map(_is_rate, each.values()))
+                                          for each in said.values())
 
 
 def _is_rate(value: Any) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4_kernels import backends
+from dsv4_kernels import backends, speeds
 from dsv4cli import paths
 from dsv4cli.commands import doctor, machine
 from dsv4cli.console import in_bytes
@@ -126,6 +126,8 @@ def test_doctor_tells_values_with_their_origins(run_dsv4: Run, monkeypatch: pyte
 
 def test_doctor_measures_when_asked_and_remembers(run_dsv4: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "SAMPLE", 16 << 20)
+    monkeypatch.setattr(measuring, "BUFFER", 32 << 20)
+    monkeypatch.setattr(measuring, "PASSES", 1)
     assert "rates" in json.loads(run_dsv4("doctor", "--json").out)["measured"]
     done = run_dsv4("doctor", "--measure", "--json")
     assert done.code == 0, done.err
@@ -136,8 +138,12 @@ def test_doctor_measures_when_asked_and_remembers(run_dsv4: Run, monkeypatch: py
     assert told["disk, at random"] == {"bytes_s": profile.random}
     assert told["disk of"] == str(paths.models())
     shown = run_dsv4("doctor").out
-    assert f"  date             {profile.date}" in shown
-    assert f"  memory           {in_bytes(int(profile.memory or 0))}/s" in shown
+    lines = [line.split(maxsplit=1) for line in shown.splitlines()]
+    assert ["date", profile.date] in lines
+    assert ["memory", f"{in_bytes(int(profile.memory or 0))}/s"] in lines
+    if backends.cpu_trouble() is None:
+        assert set(profile.kernels) == set(speeds.MEASURED)
+        assert any(line.startswith("  kernels, iq2_xxs") and line.endswith("/s") for line in shown.splitlines())
 
 
 def test_doctor_refuses_to_measure_without_room(run_dsv4: Run, monkeypatch: pytest.MonkeyPatch) -> None:

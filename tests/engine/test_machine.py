@@ -8,12 +8,14 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
 
 import pytest
 import torch
 
+from dsv4_kernels import backends
 from dsv4cli.engine import machine, measuring
 from dsv4cli.engine.machine import Profile
 from dsv4cli.errors import CapacityError
@@ -45,12 +47,26 @@ def test_a_profile_is_found_again_on_its_machine_only(monkeypatch: pytest.Monkey
     assert machine.load() is None
 
 
+def test_a_profile_of_an_earlier_version_is_read_with_what_it_has() -> None:
+    machine.save(PROFILE)
+    said = json.loads(machine.profile_path().read_text())
+    for name in ("vram", "kernels", "attention", "index", "layer_s", "token_s"):
+        del said[name]
+    machine.profile_path().write_text(json.dumps(said))
+    assert machine.load() == PROFILE
+    full = replace(PROFILE, vram=1e12, kernels={"q8_0": {"cached": 1.0, "streamed": 2.0, "experts": 3.0}}, layer_s=1e-4)
+    machine.save(full)
+    assert machine.load() == full
+
+
 @pytest.mark.parametrize("damage", [
     b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000,
     json.dumps({"memory": 1.0}).encode(),
     *(json.dumps({**vars(PROFILE), **wrong}).encode() for wrong in (
         {"memory": "fast"}, {"memory": 0}, {"memory": -1.0}, {"memory": float("nan")}, {"memory": float("inf")}, {"memory": True},
-        {"gpu": 1}, {"folder": None}, {"date": 2026}, {"more": 1})),
+        {"gpu": 1}, {"folder": None}, {"date": 2026}, {"more": 1}, {"layer_s": -1},
+        {"kernels": []}, {"kernels": {"q8_0": 1.0}}, {"kernels": {"q8_0": {"cached": 1.0}}},
+        {"kernels": {"q8_0": {"cached": 1.0, "streamed": 0, "experts": 1.0}}})),
 ])
 def test_what_is_no_profile_counts_as_none(damage: bytes) -> None:
     machine.save(PROFILE)
@@ -129,12 +145,30 @@ def test_copies_arrive_and_are_timed() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_there_is_no_link() -> None:
-    assert measuring.link_rates() == (None, None, None)
+def test_without_a_gpu_there_is_nothing_to_measure_of_it() -> None:
+    assert measuring.gpu_rates() == (None, None, None, None)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_links_have_rates_both_ways() -> None:
-    name, to_gpu, from_gpu = measuring.link_rates()
+    name, to_gpu, from_gpu, vram = measuring.gpu_rates()
     assert name
-    assert min(to_gpu or 0, from_gpu or 0) > 1e8
+    assert min(to_gpu or 0, from_gpu or 0, vram or 0) > 1e8
+
+
+@pytest.mark.skipif(backends.cpu_trouble() is not None, reason="there are no kernels")
+def test_kernels_of_the_formats_that_are_asked_for_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "BUFFER", 32 << 20)
+    monkeypatch.setattr(measuring, "TOKENS", 20)
+    monkeypatch.setattr(measuring, "PASSES", 2)
+    threads = torch.get_num_threads()
+    found = measuring.with_kernels(PROFILE, ["q8_0", "mxfp4"])
+    assert list(found.kernels) == ["q8_0", "mxfp4"]
+    assert (found.sequential, found.date) == (PROFILE.sequential, PROFILE.date)
+    assert all(1e8 < rate < 1e13 for speeds in found.kernels.values() for rate in speeds.values())
+    assert 1e-6 < (found.layer_s or 0) < 0.1
+    assert 0 < (found.token_s or 0) < 0.1
+    assert min(found.attention or 0, found.index or 0, found.memory or 0) > 1e8
+    assert torch.get_num_threads() == threads
+    machine.save(found)
+    assert machine.load() == found
