@@ -67,8 +67,13 @@ class Model:
         return self.weights.nbytes
 
     def new_state(self, max_tokens: int) -> State:
-        """An empty timeline with room for max_tokens tokens."""
-        return State(self.config, max_tokens, self.numerics, self.device)
+        """An empty timeline with room for max_tokens tokens; on a card its caches are packed where that loses nothing."""
+        return State(self.config, max_tokens, self.numerics, self.device, packed=self.packs)
+
+    @property
+    def packs(self) -> bool:
+        """Whether the caches of new states are packed."""
+        return self.device.type == "cuda" and self.numerics.name == "official"
 
     def forward(self, ids: Tensor, state: State, *, logits: Logits = "last") -> Tensor:
         """Processes ids int64 [t] at positions state.position .. + t, and moves the state behind them.
