@@ -18,11 +18,11 @@ from itertools import accumulate
 from typing import Any
 
 from dsv4cli.engine.placement import (
-    Copies,
     Expert,
     Learner,
     Load,
     Placement,
+    Rates,
     Token,
     by_counts,
     by_time,
@@ -75,8 +75,9 @@ class Machine:
             return replace(costs, lost=CPU_LAYER_S)
         return replace(costs, lost=ALONE * LAUNCH_S, shared=costs.shared + BESIDE * LAUNCH_S, read=READ_S, join=JOIN_S)
 
-    def copies(self) -> Copies:
-        return Copies(self.load.expert_bytes / (self.disk_gb_s * GB), self.load.expert_bytes / (self.link_gb_s * GB))
+    def rates(self) -> Rates:
+        kernels = [KERNEL * rate * GB for rate in (self.vram_gb_s, self.ram_gb_s)]
+        return Rates(*kernels, self.disk_gb_s * GB, self.link_gb_s * GB)
 
     def slots(self) -> tuple[int, int]:
         return int(self.vram * GB / self.load.expert_bytes), int(self.ram * GB / self.load.expert_bytes)
@@ -162,7 +163,7 @@ def dealt(counts: Counter[Expert], machine: Machine, lost: bool = True) -> Place
 def hot_rate(past: list[Token], tokens: list[Token], machine: Machine) -> float:
     """Tokens a second of our policy: starts from what was learned, exchanges as it goes, and pays for its copies."""
     load, costs, counts = machine.load, machine.costs(), Counter(uses_of(past))
-    learner = Learner(dealt(counts, machine), counts, len(past), load, costs, machine.copies(), HORIZON)
+    learner = Learner(dealt(counts, machine), counts, len(past), load, machine.rates(), HORIZON, across=False)
     seconds = sum(token_seconds(token, learner.placement, load, costs) + learner.observe(token) for token in tokens)
     return len(tokens) / seconds
 
@@ -192,8 +193,8 @@ def recent_rate(past: list[Token], tokens: list[Token], machine: Machine) -> flo
     """Tokens a second of the usual cache: a GPU computes every expert itself and fetches what it lacks, beside its hits."""
     load, costs = machine.load, machine.costs()
     if machine.vram:
-        fetched = machine.copies().link
-        costs = replace(costs, near=fetched, far=fetched + machine.copies().read)
+        fetched = load.expert_bytes / machine.rates().link
+        costs = replace(costs, near=fetched, far=fetched + load.expert_bytes / machine.rates().disk)
     recent = Recent(by_counts(Counter(), load, *machine.slots()))
     for expert in uses_of(past):
         recent.touch(expert)

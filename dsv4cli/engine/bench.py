@@ -16,6 +16,7 @@ from dsv4_quant.files import open_source
 from dsv4cli.engine import opening
 from dsv4cli.engine.engine import use_threads
 from dsv4cli.errors import UsageError
+from dsv4cli.model.sizes import row_bytes
 from dsv4cli.model.state import Snapshot, State
 from dsv4cli.model.transformer import Model
 from dsv4cli.model.weights import leaves
@@ -83,7 +84,7 @@ def measure(name: str, plan: Plan, *, numerics: str = "official", device: str = 
     place = opening.place_of(source, entry.name, plan.longest, numerics, device, vram)
     use_threads(threads, place.plan)
     opening.read_ahead(source, place.plan)
-    model = Model.bind(source, numerics=numerics, device=place.device)
+    model = Model.bind(source, numerics=numerics, device=place.device, rooms=opening.rooms_of(place))
     for number, depth in enumerate(plan.depths):
         if report:
             report(number, len(plan.depths))
@@ -154,19 +155,20 @@ def bytes_per_token(model: Model, depth: int) -> int:
         moe = layer.moe
         total += _nbytes((layer.attn_norm, layer.ffn_norm, layer.hc_attn, layer.hc_ffn, layer.attention))
         total += _nbytes((moe.gate, moe.bias, moe.shared)) + _nbytes(moe.experts) * chosen // experts
-    return total + _cache_bytes(config, depth, model.numerics.cache.itemsize)
+    return total + _cache_bytes(config, depth, row_bytes(config, model.numerics.name, packed=model.packs))
 
 
-def _cache_bytes(config: ModelConfig, depth: int, itemsize: int) -> int:
-    values = 0
+def _cache_bytes(config: ModelConfig, depth: int, rows: tuple[int, int]) -> int:
+    """rows: bytes of a K=V vector and of an index key."""
+    (key, index), total = rows, 0
     for ratio in map(config.ratio, range(config.num_hidden_layers)):
-        values += min(depth + 1, config.sliding_window) * config.head_dim
+        total += min(depth + 1, config.sliding_window) * key
         entries = depth // ratio if ratio else 0
         if ratio == 4 and entries > config.index_topk:
-            values += entries * config.index_head_dim
+            total += entries * index
             entries = config.index_topk
-        values += entries * config.head_dim
-    return values * itemsize
+        total += entries * key
+    return total
 
 
 def _nbytes(node: object) -> int:

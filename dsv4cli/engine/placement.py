@@ -11,10 +11,10 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 from dsv4cli.engine.rates import Costs
 
@@ -35,6 +35,18 @@ class Load:
     shared_bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What a machine reaches with our kernels, in bytes a second, for whoever weighs a copy. `layer_s`: lost once a layer,
+    wherever experts lie. No vram: CPU only."""
+
+    vram: float
+    ram: float
+    disk: float
+    link: float
+    layer_s: float = 0.0
+
+
 @dataclass
 class Placement:
     """Experts in VRAM and in RAM; all others lie on the disk. `kept`: how many of a layer's are in VRAM."""
@@ -44,14 +56,11 @@ class Placement:
     kept: Counter[int] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        self.kept = Counter(layer for layer, _ in self.vram)
+        self.count()
 
-    def exchange(self, out: Expert, into: Expert) -> None:
-        """Gives the place in VRAM of `out` to `into`, which comes from RAM."""
-        self.vram ^= {out, into}
-        self.ram ^= {out, into}
-        self.kept.subtract([out[0]])
-        self.kept.update([into[0]])
+    def count(self) -> None:
+        """Brings `kept` up to date."""
+        self.kept = Counter(layer for layer, _ in self.vram)
 
 
 def by_counts(counts: Counter[Expert], load: Load, vram_slots: int, ram_slots: int) -> Placement:
@@ -135,30 +144,29 @@ def token_seconds(token: Token, placement: Placement, load: Load, costs: Costs) 
     return total
 
 
-class Copies(NamedTuple):
-    """Seconds of bringing one expert a tier up."""
-
-    read: float  # from the disk
-    link: float  # over the link to a card
-
-
 class Learner:
     """Counts what is chosen and keeps a placement up to date: a copy has to pay within `horizon` tokens.
 
-    `seen` is how many tokens `counts` come from. Counts halve whenever they come from more than MEMORY horizons.
+    `seen` is how many tokens `counts` come from. Counts halve whenever they come from more than MEMORY horizons. across: an
+    expert in VRAM may give way to one of another layer; without, layers keep the shares that `by_time` dealt them.
     """
 
-    def __init__(self, placement: Placement, counts: Counter[Expert], seen: float, load: Load, costs: Costs, copies: Copies,
-                 horizon: int) -> None:
-        self.placement, self.load, self.costs, self.copies, self.horizon = placement, load, costs, copies, horizon
+    def __init__(self, placement: Placement, counts: Counter[Expert], seen: float, load: Load, rates: Rates,
+                 horizon: int, across: bool = True) -> None:
+        self.placement, self.load, self.rates, self.horizon, self.across = placement, load, rates, horizon, across
         self.counts, self.seen = Counter(counts), seen
         self.tokens = 0
 
     def observe(self, token: Token) -> float:
         """Counts a token's experts; at the end of a horizon, exchanges. Returns the seconds spent on copies."""
-        self.counts.update((layer, number) for layer, chosen in enumerate(token) for number in chosen)
-        self.tokens, self.seen = self.tokens + 1, self.seen + 1
-        if self.tokens % self.horizon:
+        return self.observe_all(Counter(uses_of([token])), 1)
+
+    def observe_all(self, chosen: Counter[Expert], tokens: int) -> float:
+        """The same for several tokens, of which `chosen` says how often each expert was chosen."""
+        self.counts.update(chosen)
+        left = self.horizon - self.tokens % self.horizon
+        self.tokens, self.seen = self.tokens + tokens, self.seen + tokens
+        if tokens < left:
             return 0.0
         spent = self.exchange()
         if self.seen > MEMORY * self.horizon:
@@ -168,32 +176,40 @@ class Learner:
         return spent
 
     def exchange(self) -> float:
-        """Swaps over both borders, RAM and disk first, while a swap gains time. Returns the seconds of the copies.
-
-        In VRAM an expert gives way to one of its own layer, so that the layers keep the shares that were dealt by time.
-        """
-        here, costs = self.placement, self.costs
-        spent = 0.0
-        for out, into in self._swaps(here.ram, set(self.counts) - here.vram - here.ram, costs.far - costs.near, self.copies.read):
-            here.ram ^= {out, into}
-            spent += self.copies.read
-        for layer in here.kept:
-            upper, lower = ({expert for expert in tier if expert[0] == layer} for tier in (here.vram, here.ram))
-            for out, into in self._swaps(upper, lower, costs.near - costs.hit, self.copies.link):
-                here.exchange(out, into)
-                spent += self.copies.link
+        """Swaps over both borders, RAM and disk first, while a swap gains time. Returns the seconds of the copies."""
+        size, rates, here = self.load.expert_bytes, self.rates, self.placement
+        disk = set(self.counts) - here.vram - here.ram
+        spent = self._swap(here.ram, disk, size / rates.disk - size / rates.ram, size / rates.disk)
+        if not here.vram:
+            return spent
+        saved, copy = size / rates.ram - size / rates.vram, size / rates.link
+        for own in [lambda expert: True] if self.across else [partial(_is_of, layer) for layer in range(self.load.layers)]:
+            upper, lower = set(filter(own, here.vram)), set(filter(own, here.ram))
+            before = set(upper)
+            spent += self._swap(upper, lower, saved, copy)
+            here.vram ^= before ^ upper
+            here.ram ^= before ^ upper
+        here.count()
         return spent
 
-    def _swaps(self, upper: set[Expert], lower: set[Expert], saved: float, copy: float) -> Iterator[tuple[Expert, Expert]]:
+    def _swap(self, upper: set[Expert], lower: set[Expert], saved: float, copy: float) -> float:
         """Between two tiers: the coldest above for the hottest below; `saved` seconds by a choice, `copy` by a swap."""
         cold = sorted(upper, key=lambda expert: (self.counts[expert], expert))
+        spent = 0.0
         for out, into in zip(cold, _ranked(lower, self.counts), strict=False):
             often, seldom = self.counts[into], self.counts[out]
             # of thousands of experts some always look hot by chance: a standard deviation of the difference is not believed
             more = (often - seldom - math.sqrt(often + seldom)) * self.horizon / max(self.seen, 1)
             if more * saved <= copy:
-                return
-            yield out, into
+                break
+            upper ^= {out, into}
+            lower ^= {out, into}
+            spent += copy
+        return spent
+
+
+def _is_of(layer: int, expert: Expert) -> bool:
+    return expert[0] == layer
 
 
 def fewest_misses(uses: Sequence[Expert], slots: int) -> int:

@@ -55,13 +55,14 @@ class Costs:
     join: float = 0.0  # until the card has what the CPU computed
 
     def layer(self, hits: int, near: int, far: int, whole: bool) -> float:
-        """Of one layer whose token chose so many experts in each tier. With a card the shared expert and the hits are
-        computed there while the CPU is told of the others and computes them; a layer that is whole tells nobody."""
+        """Of one layer whose token chose so many experts in each tier. With a card the shared expert is computed there while the
+        CPU reads the choice, and then the hits while the CPU computes the others; a layer that is whole is read by nobody."""
         beside = near * self.near + far * self.far
         if not self.card:
             return self.lost + self.dense + self.shared + beside
-        waited = 0.0 if whole else self.read + (self.join + beside if near or far else 0.0)
-        return self.lost + self.dense + max(self.shared + hits * self.hit, waited)
+        read = 0.0 if whole else self.read
+        on_card, on_cpu = max(self.shared, read) + hits * self.hit, read + beside + self.join if near or far else 0.0
+        return self.lost + self.dense + max(on_card, on_cpu)
 
 
 def work_of(header: Header, depth: int, numerics: str) -> Work:

@@ -10,11 +10,11 @@ from itertools import combinations, product
 import pytest
 
 from dsv4cli.engine.placement import (
-    Copies,
     Expert,
     Learner,
     Load,
     Placement,
+    Rates,
     by_counts,
     by_time,
     expected,
@@ -26,7 +26,7 @@ from dsv4cli.engine.rates import Costs
 
 LOAD = Load(layers=2, experts=4, expert_bytes=100, dense_bytes=1000)
 COSTS = Costs(dense=1.0, shared=0.0, hit=0.1, near=1.0, far=10.0, lost=0.25, card=True)
-COPIES = Copies(read=10.0, link=2.0)
+RATES = Rates(vram=1000.0, ram=100.0, disk=10.0, link=50.0)
 
 
 def test_the_most_frequent_go_to_the_fastest_tier() -> None:
@@ -50,7 +50,7 @@ def test_without_a_gpu_everything_is_read_from_memory() -> None:
 def test_only_a_layer_that_is_whole_asks_nobody() -> None:
     asking = Costs(dense=0.0, shared=0.0, hit=0.1, near=1.0, far=10.0, lost=0.0, card=True, read=0.5, join=0.25)
     placed = Placement({(0, number) for number in range(4)} | {(1, 0), (1, 1)}, {(1, 2), (1, 3)})
-    assert token_seconds([[0, 1], [0, 1]], placed, LOAD, asking) == pytest.approx(0.2 + 0.5)
+    assert token_seconds([[0, 1], [0, 1]], placed, LOAD, asking) == pytest.approx(0.2 + 0.5 + 0.2)
     assert token_seconds([[0, 1], [0, 2]], placed, LOAD, asking) == pytest.approx(0.2 + 0.5 + 0.25 + 1.0)
 
 
@@ -102,20 +102,25 @@ def test_whole_layers_are_made_where_asking_costs_more_than_a_miss() -> None:
 @pytest.mark.parametrize(("uses", "moved"), [(4, False), (5, True)])
 def test_an_exchange_has_to_pay_for_its_copy(uses: int, moved: bool) -> None:
     """A hit saves 0.9 s and a copy costs 2 s; of n uses in one horizon, n - sqrt(n) are believed to come again."""
-    learner = Learner(Placement({(0, 0)}, {(0, 1)}), Counter({(0, 1): uses}), 1, LOAD, COSTS, COPIES, horizon=1)
+    learner = Learner(Placement({(0, 0)}, {(0, 1)}), Counter({(0, 1): uses}), 1, LOAD, RATES, horizon=1)
     assert learner.exchange() == (2.0 if moved else 0.0)
     assert learner.placement == (Placement({(0, 1)}, {(0, 0)}) if moved else Placement({(0, 0)}, {(0, 1)}))
 
 
-def test_an_expert_gives_way_to_one_of_its_own_layer() -> None:
-    learner = Learner(Placement({(0, 0), (1, 0)}, {(0, 1), (1, 1)}), Counter({(0, 1): 90, (1, 0): 5}), 1, LOAD, COSTS, COPIES, 1)
+def test_an_expert_gives_way_to_one_of_another_layer_or_only_of_its_own() -> None:
+    learner = Learner(Placement({(0, 0), (1, 0)}, {(0, 1), (0, 2)}), Counter({(0, 1): 90, (0, 2): 80}), 1, LOAD, RATES, 1)
+    assert learner.exchange() == 4.0
+    assert learner.placement == Placement({(0, 1), (0, 2)}, {(0, 0), (1, 0)})
+    assert learner.placement.kept == {0: 2}
+    placed = Placement({(0, 0), (1, 0)}, {(0, 1), (1, 1)})
+    learner = Learner(placed, Counter({(0, 1): 90, (1, 0): 5}), 1, LOAD, RATES, 1, across=False)
     assert learner.exchange() == 2.0
     assert learner.placement == Placement({(0, 1), (1, 0)}, {(0, 0), (1, 1)})
     assert learner.placement.kept == {0: 1, 1: 1}
 
 
 def test_what_is_hot_climbs_from_the_disk_and_nothing_is_lost() -> None:
-    learner = Learner(Placement({(0, 0)}, {(0, 1)}), Counter(), 0, LOAD, COSTS, COPIES, horizon=8)
+    learner = Learner(Placement({(0, 0)}, {(0, 1)}), Counter(), 0, LOAD, RATES, horizon=8)
     assert [learner.observe([[3], []]) for _ in range(8)] == [0.0] * 7 + [10.0 + 2.0]  # read once, copied once
     assert learner.placement == Placement({(0, 3)}, {(0, 0)})
 
@@ -140,5 +145,5 @@ def test_nobody_misses_less_than_who_knows_the_future(seed: int) -> None:
 def test_long_histories_promise_no_more_than_they_hold() -> None:
     """The same 100 uses are many in 10 tokens and few in 10,000."""
     for seen, moved in ((10, True), (10_000, False)):
-        learner = Learner(Placement({(0, 0)}, {(0, 1)}), Counter({(0, 1): 100}), seen, LOAD, COSTS, COPIES, horizon=10)
+        learner = Learner(Placement({(0, 0)}, {(0, 1)}), Counter({(0, 1): 100}), seen, LOAD, RATES, horizon=10)
         assert (learner.exchange() > 0) == moved

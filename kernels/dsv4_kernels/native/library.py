@@ -24,6 +24,7 @@ LARGE_PAGE = 1 << 21
 _library: ctypes.CDLL | None = None  # what the doors compute with
 _opened: list[ctypes.CDLL] = []
 _threads: int | None = None
+_asks = False
 _signatures: dict[str, tuple[tuple[type, ...], type | None]] = {"dsv4_set_grids": ((P, P), None),
                                                                "dsv4_read": ((P, I, P), None),
                                                                "dsv4_ask_ahead": ((I,), None)}
@@ -133,8 +134,15 @@ def _set_threads(library: ctypes.CDLL, count: int) -> None:
 
 def ask_ahead(at_once: int) -> None:
     """Has experts asked for, `at_once` bytes with each request, before they are multiplied: some do not lie in memory."""
+    global _asks
     if trouble() is None:
         load().dsv4_ask_ahead(at_once)
+        _asks = at_once > 0
+
+
+def asks_ahead() -> bool:
+    """Whether `ask_ahead` was told to ask."""
+    return _asks
 
 
 class Reader:
