@@ -34,8 +34,7 @@ def layer_state_bytes(config: ModelConfig, layer: int, tokens: int, numerics: st
     demand_numerics(numerics)
     if packed and numerics != "official":
         raise UsageError(f"Caches of {numerics} numerics cannot be packed without loss.", "Use the official ones.")
-    value = CACHE_BYTES[numerics]
-    key, index = (_packed_rows(config) if packed else (config.head_dim * value, config.index_head_dim * value))
+    key, index = row_bytes(config, numerics, packed=packed)
     total, ratio = layer_pending_bytes(config, layer) + config.sliding_window * key, config.ratio(layer)
     if ratio:
         total += tokens // ratio * key
@@ -51,8 +50,10 @@ def layer_pending_bytes(config: ModelConfig, layer: int) -> int:
     return index + (_pending_bytes(ratio, config.head_dim) if ratio else 0)
 
 
-def _packed_rows(config: ModelConfig) -> tuple[int, int]:
-    """Bytes of a K=V row (FP8, scales, bf16 where it is rotated) and of an index key (FP4, scales)."""
+def row_bytes(config: ModelConfig, numerics: str, *, packed: bool = False) -> tuple[int, int]:
+    """Bytes of a row of K=V (packed: FP8, scales, bf16 where it is rotated) and of an index key (packed: FP4, scales)."""
+    if not packed:
+        return config.head_dim * CACHE_BYTES[numerics], config.index_head_dim * CACHE_BYTES[numerics]
     still = config.head_dim - config.qk_rope_head_dim
     return (still + still // SCALED[0] + 2 * config.qk_rope_head_dim,
             config.index_head_dim // 2 + config.index_head_dim // SCALED[1])

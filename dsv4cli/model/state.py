@@ -9,20 +9,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dsv4_kernels import alloc
+from dsv4_kernels.cache.packed import pack_index, pack_kv, unpack_index, unpack_kv
 from dsv4_kernels.compressor import OVERLAPPING, Pending
 from dsv4_quant.config import ModelConfig
 from dsv4cli.errors import CorruptError, UsageError
 from dsv4cli.model.numerics import Numerics
 from dsv4cli.model.recording import Recording
-from dsv4cli.model.sizes import state_bytes
+from dsv4cli.model.sizes import row_bytes, state_bytes
 from dsv4cli.model.step import Step
 
 FIRST_CAPACITY = 1024  # tokens
+
+
+class Rows(NamedTuple):
+    """What caches keep of a key: so many elements of a K=V vector, and of an index key."""
+
+    kv_row: int
+    index_row: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: ModelConfig, numerics: Numerics, packed: bool) -> Rows:
+        dtype = torch.uint8 if packed else numerics.cache
+        key, index = row_bytes(config, numerics.name, packed=packed)
+        return cls(key // dtype.itemsize, index // dtype.itemsize, dtype)
 
 
 class Ring:
@@ -98,8 +114,9 @@ class Compressed:
     store: Store
 
     @classmethod
-    def fresh(cls, ratio: int, width: int, dtype: torch.dtype, device: torch.device) -> Compressed:
-        return cls(Pending.fresh(ratio, width, torch.float32, device), Store(ratio, width, dtype, device))
+    def fresh(cls, ratio: int, width: int, row: int, dtype: torch.dtype, device: torch.device) -> Compressed:
+        """width: values of a key; row: elements of `dtype` that a store keeps of it."""
+        return cls(Pending.fresh(ratio, width, torch.float32, device), Store(ratio, row, dtype, device))
 
     @property
     def nbytes(self) -> int:
@@ -115,11 +132,12 @@ class LayerState:
     index: Compressed | None
 
     @classmethod
-    def fresh(cls, config: ModelConfig, layer: int, dtype: torch.dtype, device: torch.device) -> LayerState:
+    def fresh(cls, config: ModelConfig, layer: int, rows: Rows, device: torch.device) -> LayerState:
         ratio = config.ratio(layer)
-        return cls(Ring(config.sliding_window, config.head_dim, dtype, device),
-                   Compressed.fresh(ratio, config.head_dim, dtype, device) if ratio else None,
-                   Compressed.fresh(ratio, config.index_head_dim, dtype, device) if ratio == OVERLAPPING else None)
+        return cls(Ring(config.sliding_window, rows.kv_row, rows.dtype, device),
+                   Compressed.fresh(ratio, config.head_dim, rows.kv_row, rows.dtype, device) if ratio else None,
+                   Compressed.fresh(ratio, config.index_head_dim, rows.index_row, rows.dtype, device)
+                   if ratio == OVERLAPPING else None)
 
     def compressed(self) -> Iterator[tuple[str, Compressed]]:
         parts = {"entries": self.entries, "index": self.index}
@@ -162,7 +180,11 @@ class State:
     """The memory of one timeline of at most `max_tokens` tokens; `position` of them have been processed."""
 
     def __init__(self, config: ModelConfig, max_tokens: int, numerics: Numerics,
-                 device: torch.device | str = "cpu") -> None:
+                 device: torch.device | str = "cpu", *, packed: bool = False) -> None:
+        """packed: caches hold the bytes of dsv4_kernels.cache.packed, which lose nothing of official numerics and are what the
+        Triton kernels read fastest. Raises UsageError for other numerics."""
+        if packed and numerics.name != "official":
+            raise UsageError(f"Caches of {numerics.name} numerics cannot be packed without loss.", "Use the official ones.")
         self.config = config
         self.max_tokens = max_tokens
         self.numerics = numerics
@@ -170,7 +192,8 @@ class State:
         self.capacity = 0
         self.recording: Recording | None = None  # of this state's memory, where it lies now
         self.torn = False  # a forward pass was interrupted between two layers
-        self.layers = [LayerState.fresh(config, layer, numerics.cache, torch.device(device))
+        rows = Rows.of(config, numerics, packed)
+        self.layers = [LayerState.fresh(config, layer, rows, torch.device(device))
                        for layer in range(config.num_hidden_layers)]
 
     @property
@@ -179,9 +202,9 @@ class State:
         return sum(layer.nbytes for layer in self.layers)
 
     @staticmethod
-    def bytes_for(config: ModelConfig, tokens: int, numerics: str) -> int:
+    def bytes_for(config: ModelConfig, tokens: int, numerics: str, *, packed: bool = False) -> int:
         """Bytes of a state with room for so many tokens, without making one."""
-        return state_bytes(config, tokens, numerics)
+        return state_bytes(config, tokens, numerics, packed=packed)
 
     def reserve(self, tokens: int) -> None:
         """Makes room for so many tokens in all. Raises UsageError when they are more than max_tokens."""
@@ -202,16 +225,19 @@ class State:
 
     @torch.inference_mode()
     def restore(self, snapshot: Snapshot) -> None:
-        """Goes (back or forth) to the snapshot's place; what follows is bitwise what followed there.
+        """Goes (back or forth) to the snapshot's place; what follows is bitwise what followed there. Of official numerics, packed
+        snapshots serve states that are not, and the other way round.
 
         Raises CorruptError when the snapshot's tensors are not those of this model at this position, UsageError when
         the position is beyond max_tokens; the state is then unchanged.
         """
         self.reserve(snapshot.position)
         wanted = dict(self._live(snapshot.position))
-        _demand_same(wanted, snapshot.contents)
+        contents = {name: repacked(tensor, name, wanted[name].dtype, self.config.qk_rope_head_dim)
+                    if name in wanted else tensor for name, tensor in snapshot.contents.items()}
+        _demand_same(wanted, contents)
         for name, tensor in wanted.items():
-            tensor.copy_(snapshot.contents[name])
+            tensor.copy_(contents[name])
         self.moved(snapshot.position)
         self.torn = False
 
@@ -233,12 +259,27 @@ class State:
             yield from ((f"layers.{number}.{name}", tensor) for name, tensor in layer.live(position))
 
 
+def repacked(rows: Tensor, name: str, dtype: torch.dtype, rotated: int) -> Tensor:
+    """Rows of the cache called `name` in the form of another: packed as bytes or not; what is in no such form stays as it is."""
+    index = name.startswith("index") or ".index." in name
+    if torch.uint8 not in (rows.dtype, dtype) or rows.dtype == dtype:
+        return rows
+    try:
+        if dtype == torch.uint8:
+            return pack_index(rows) if index else pack_kv(rows, rotated)
+        return (unpack_index(rows) if index else unpack_kv(rows, rotated)).to(dtype)
+    except ValueError as failure:
+        raise CorruptError(f"The snapshot's {name} are no rows of official numerics: {failure}.", OTHERS) from None
+
+
+OTHERS = "The snapshot belongs to another model, other numerics or another version; start anew."
+
+
 def _demand_same(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    hint = "The snapshot belongs to another model, other numerics or another version; start anew."
     for name in sorted(wanted.keys() ^ given.keys()):
-        raise CorruptError(f"The snapshot {'lacks' if name in wanted else 'has an unknown'} tensor {name}.", hint)
+        raise CorruptError(f"The snapshot {'lacks' if name in wanted else 'has an unknown'} tensor {name}.", OTHERS)
     for name, tensor in wanted.items():
         other = given[name]
         if (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
             raise CorruptError(f"The snapshot's {name} is {other.dtype} {list(other.shape)}, but {tensor.dtype} "
-                               f"{list(tensor.shape)} is needed.", hint)
+                               f"{list(tensor.shape)} is needed.", OTHERS)

@@ -1,7 +1,8 @@
 """The only maker of output tensors and of storage that is filled later.
 
-With poison on, new memory is NaN (the lowest value for integers), so that a kernel which forgets a tail, or a model
-which reads a slot that nobody wrote, fails in every test instead of once in a blue moon.
+With poison on, new memory is NaN (the lowest value for signed integers, and 255 for bytes, which is no number as a scale), so
+that a kernel which forgets a tail, or a model which reads a slot that nobody wrote, fails in every test instead of once in a
+blue moon.
 """
 
 from __future__ import annotations
@@ -53,5 +54,6 @@ def full(shape: tuple[int, ...], value: float, dtype: torch.dtype, device: torch
 
 def _made(out: Tensor) -> Tensor:
     if _poisoned:
-        out.fill_(float("nan") if out.is_floating_point() or out.is_complex() else torch.iinfo(out.dtype).min)
+        whole = 255 if out.dtype == torch.uint8 else None
+        out.fill_(float("nan") if out.is_floating_point() or out.is_complex() else whole or torch.iinfo(out.dtype).min)
     return held(out)

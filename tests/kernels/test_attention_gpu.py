@@ -5,6 +5,9 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.attention import Entries, ref
+from dsv4_kernels.cache.packed import pack_kv
+from dsv4_kernels.norm_rope import frequencies, turns
+from dsv4_kernels.rounding import round_kv
 from tests.kernels.interpreter import QUIET, of
 from tests.support.tolerance import assert_close
 
@@ -106,3 +109,31 @@ def test_no_number_stays_no_number(random: torch.Generator) -> None:
 def test_doubles_go_the_way_of_the_reference(random: torch.Generator) -> None:
     q, recent, sink = (x.double() for x in drawn(3, 4, 32, 2, random))
     assert torch.equal(gpu.sparse_attention(q, recent, None, sink, WINDOW), ref.sparse_attention(q, recent, None, sink, WINDOW))
+
+
+@pytest.mark.parametrize("choosing", [False, True])
+@pytest.mark.parametrize("t", [1, 3])
+def test_packed_keys_count_as_they_do_unpacked(t: int, choosing: bool, random: torch.Generator) -> None:
+    """The same keys, whose products the interpreter adds in another order; the reference reads packed ones too."""
+    d, rotated = 192, 64
+    q, recent, sink = drawn(t, 5, d, WINDOW - 1, random)
+    entries = some_entries(t, 19, d, 12 if choosing else None, random, torch.float32)
+    table = turns(torch.arange(40, 40 + t), frequencies(rotated, 10000))
+    near, far = (round_kv(each, rotated) for each in (recent, entries.kv))
+    packed = entries._replace(kv=pack_kv(far, rotated))
+    for module in (gpu, ref):
+        found = module.sparse_attention(q, pack_kv(near, rotated), packed, sink, WINDOW, table)
+        unpacked = entries._replace(kv=far.bfloat16())
+        assert_close(found, module.sparse_attention(q, near.bfloat16(), unpacked, sink, WINDOW, table))
+
+
+def test_a_ring_is_read_as_far_as_it_is_filled(random: torch.Generator) -> None:
+    """The position comes from memory when the kernel runs."""
+    q, ring, sink = drawn(1, 5, 32, WINDOW - 1, random)
+    at = torch.tensor([0])
+    for position in (0, 6, WINDOW - 1, 3 * WINDOW + 5):
+        at.fill_(position)
+        partly = torch.where(torch.arange(WINDOW)[:, None] <= position, ring, torch.nan)
+        expected = ref.sparse_attention(q.double(), ring[:position + 1].double(), None, sink.double(), WINDOW)
+        assert_close(gpu.sparse_attention(q, partly, None, sink, WINDOW, None, at), expected.float())
+        assert_close(ref.sparse_attention(q, partly, None, sink, WINDOW, None, at), expected.float())

@@ -5,7 +5,9 @@ from typing import get_args
 import pytest
 import torch
 
-from dsv4_kernels.cache import Rounding, ref
+from dsv4_kernels import alloc
+from dsv4_kernels.cache import Rounding, keep_keys, ref
+from dsv4_kernels.cache.packed import index_bytes, kv_bytes, unpack_index, unpack_kv
 from dsv4_kernels.norm_rope import frequencies, turns
 from tests.kernels.interpreter import QUIET, of
 from tests.support.tolerance import RELATIVE, assert_close
@@ -31,6 +33,30 @@ def test_a_key_in_one_launch(d: int, pairs: int, dtype: torch.dtype, rounding: R
         if rounding == "none":
             assert_close(found[1:-1].float(), expected[1:-1].float())
         assert found[[0, -1]].isnan().all()  # and nothing beside
+
+
+@pytest.mark.parametrize(("d", "pairs", "rounding"), [(512, 32, "kv"), (96, 16, "kv"), (128, 32, "index")])
+def test_packed_rows_are_those_that_are_not(d: int, pairs: int, rounding: Rounding, random: torch.Generator) -> None:
+    """Of all magnitudes, with a block of zeros, and one that is no number throughout."""
+    x = torch.randn(9, d, generator=random) * torch.logspace(-12, 12, d, base=10)[torch.randperm(d, generator=random)]
+    norm = torch.randn(d, generator=random)
+    norm[:32] = 0
+    x[3, 40] = float("nan")
+    table = turns(torch.arange(9), frequencies(2 * pairs, 10000))
+    rows, width = torch.zeros(9, d, dtype=torch.bfloat16), index_bytes(d) if rounding == "index" else kv_bytes(d, 2 * pairs)
+    bytes_of = alloc.empty((9, width), torch.uint8)
+    gpu.keep_keys(x, norm, 1e-6, table, rounding, rows)
+    gpu.keep_keys(x, norm, 1e-6, table, rounding, bytes_of)
+    found = unpack_index(bytes_of) if rounding == "index" else unpack_kv(bytes_of, 2 * pairs)
+    assert found.isfinite().any()
+    assert found[3].isnan().any()
+    assert torch.equal(found.nan_to_num(7.0), rows.float().nan_to_num(7.0))
+
+
+def test_what_is_not_rounded_is_not_packed() -> None:
+    with pytest.raises(ValueError, match="not rounded"):
+        keep_keys(torch.zeros(1, 128), torch.ones(128), 1e-6, turns(torch.tensor([0]), frequencies(64, 1e4)), "none",
+                  torch.zeros(1, 195, dtype=torch.uint8))
 
 
 def test_widths_of_no_whole_tile(random: torch.Generator) -> None:

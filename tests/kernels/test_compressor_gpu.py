@@ -128,3 +128,19 @@ def test_other_types_and_orders_are_computed_by_the_reference(random: torch.Gene
     expected = ref.compress(*x, fresh, 0)
     assert torch.equal(gpu.compress(*x, strided, 0), expected)
     assert torch.equal(strided.kv, fresh.kv)
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_the_place_in_a_group_is_read_when_the_kernel_runs(ratio: int, random: torch.Generator) -> None:
+    """A recorded launch has the host's numbers of another token that completes as many groups."""
+    x = drawn(ratio + 3, ratio, 8, random)
+    by_host, by_memory = (Pending.fresh(ratio, 8, torch.float32) for _ in range(2))
+    at = torch.tensor([0])
+    for position in range(ratio + 3):
+        token = slice(position, position + 1)
+        at.fill_(position)
+        like = ratio - 1 if (position + 1) % ratio == 0 else 0
+        expected = gpu.compress(x.kv[token], x.scores[token], x.ape, by_host, position)
+        assert torch.equal(gpu.compress(x.kv[token], x.scores[token], x.ape, by_memory, like, at), expected)
+    assert torch.equal(by_host.kv, by_memory.kv)
+    assert torch.equal(by_host.scores, by_memory.scores)

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv4_kernels.cache.packed import pack_index
 from dsv4_kernels.indexer import ref
+from dsv4_kernels.rounding import round_index
 from tests.kernels.interpreter import QUIET, of
 
 pytestmark = QUIET
@@ -81,3 +83,12 @@ def test_doubles_go_the_way_of_the_reference(random: torch.Generator) -> None:
     q, weights, keys = (x.double() for x in drawn(2, 4, 8, 30, random))
     visible = torch.full((2,), 30)
     assert torch.equal(gpu.top_indices(q, weights, keys, visible, 5), ref.top_indices(q, weights, keys, visible, 5))
+
+
+@pytest.mark.parametrize("t", [1, 3])
+def test_packed_keys_count_as_they_do_unpacked(t: int, random: torch.Generator) -> None:
+    q, weights = torch.randn(t, 5, 64, generator=random), torch.rand(t, 5, generator=random)
+    keys, visible = round_index(torch.randn(70, 64, generator=random)), torch.arange(70 - t + 1, 71)
+    for module in (gpu, ref):
+        found = module.top_indices(q, weights, pack_index(keys), visible, 9)
+        assert torch.equal(found.sort().values, module.top_indices(q, weights, keys, visible, 9).sort().values)

@@ -86,6 +86,26 @@ def test_restoring_continues_bitwise(position: int, numerics: str, bound: Bound,
     assert torch.equal(torch.cat([model.forward(chunk, elsewhere, logits="all") for chunk in chunks]), after)
 
 
+def test_packed_states_and_others_go_on_from_each_others_snapshots(bound: Bound, ids: Tensor) -> None:
+    """A session may go on on another device, whose caches have another form."""
+    model = bound("official")
+    state, packed = model.new_state(300), State(model.config, 300, model.numerics, packed=True)
+    assert packed.nbytes == State.bytes_for(model.config, 0, "official", packed=True)
+    model.forward(ids[:261], state)
+    before = state.snapshot()
+    packed.restore(Snapshot.from_tensors(261, before.tensors()))
+    assert packed.nbytes == State.bytes_for(model.config, 300, "official", packed=True)
+    assert packed.snapshot().nbytes < before.nbytes
+    state.restore(packed.snapshot())
+    after = state.snapshot()
+    assert before.contents.keys() == after.contents.keys()
+    assert all(torch.equal(after.contents[name], tensor) for name, tensor in before.contents.items())
+    with pytest.raises(CorruptError, match="ring are no rows of official numerics"):
+        packed.restore(Snapshot(261, {**before.contents, "layers.0.ring": before.contents["layers.0.ring"] + 1}))
+    with pytest.raises(UsageError, match="plain numerics cannot be packed"):
+        State(model.config, 300, bound("plain").numerics, packed=True)
+
+
 def test_a_snapshot_is_a_copy_and_knows_its_size(bound: Bound, ids: Tensor) -> None:
     model = bound()
     state = model.new_state(400)

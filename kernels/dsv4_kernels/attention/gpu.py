@@ -2,7 +2,7 @@
 
 A program owns sixteen heads of a token, who share their keys, and in decoding only a part of these: a second launch then joins
 the parts. Keys are gathered a tile at a time, first those of the window and then the entries, under a running softmax that
-begins with the sink. Queries that are not float32, and keys that are neither float32 nor bfloat16, go the way of `ref`.
+begins with the sink. Queries that are not float32, and keys that are neither float32, bfloat16 nor packed, go the way of `ref`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor, float32, int64
+from torch import Tensor, float32, int64, uint8
 
 from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
 from dsv4_kernels.attention import Entries, ref
+from dsv4_kernels.cache.gpu import form, kept_keys
 from dsv4_kernels.gpu import CACHED, DOT, Block, Pointer, dense, multiplied, padded, warps
 from dsv4_kernels.norm_rope.gpu import rotate
 from dsv4_kernels.tuned import Sizes, default, options, tuned
@@ -35,7 +36,8 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
                      turns: Tensor | None = None, at: Tensor | None = None) -> Tensor:
     if entries is not None and not len(entries.kv):
         entries = None
-    if not q.dtype == sink.dtype == float32 or recent.dtype not in CACHED or not _fit(entries, recent) or not q.numel():
+    readable = recent.dtype in (*CACHED, uint8) and _fit(entries, recent)
+    if not q.dtype == sink.dtype == float32 or not readable or not q.numel():
         return ref.sparse_attention(q, recent, entries, sink, window, turns, at)
     (t, heads, d), q, recent, sink = q.shape, dense(q), dense(recent), dense(sink)
     kv, visible, chosen, n, k = recent, q, q, 0, 0  # whatever is not there is not read
@@ -45,14 +47,14 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
             chosen, k = dense(entries.chosen), entries.chosen.shape[1]
     sizes = tuned("attention.attend", q.device)
     out, plan = alloc.empty_like(q), _plan(t, heads, min(window, len(recent)), k or n, recent.dtype == float32, sizes)
-    parts = stats = out
+    parts, stats, still = out, out, d if turns is None else d - 2 * turns.shape[1]
     if plan.splits > 1:
         parts = alloc.empty((t, plan.splits, heads, d), float32, q.device)
         stats = alloc.empty((t, plan.splits, heads, 2), float32, q.device)
     _attend[(t, triton.cdiv(heads, HEADS), plan.splits)](
-        q, recent, kv, visible, chosen, sink, q if at is None else at, parts, stats, len(recent) - t, heads, d, n, k, window,
-        d**-0.5, CHOOSING=k > 0, SPLIT=plan.splits > 1, LIVE=at is not None, HEADS=HEADS, KEYS=plan.keys, D=padded(d, 16),
-        WIDE=recent.dtype == float32, DOT=DOT, **options({**sizes, "warps": min(4, sizes["warps"])} if d <= 128 else sizes))
+        q, recent, kv, visible, chosen, sink, q if at is None else at, parts, stats, len(recent) - t, heads, d, still, n, k,
+        window, d**-0.5, CHOOSING=k > 0, SPLIT=plan.splits > 1, LIVE=at is not None, HEADS=HEADS, KEYS=plan.keys, D=padded(d, 16),
+        FORM=form(recent), DOT=DOT, **options({**sizes, "warps": min(4, sizes["warps"])} if d <= 128 else sizes))
     if plan.splits > 1:
         _join[(t, heads)](parts, stats, out, plan.splits, heads, d, SPLITS=padded(plan.splits), D=padded(d),
                           num_warps=warps(padded(plan.splits) * d))
@@ -86,9 +88,10 @@ def _absorb(q: Block, keys: Block, seen: Block, most: Block, total: Block, out: 
 
 @triton.jit(do_not_specialize=["before", "n", "k", "window"])
 def _attend(q: Pointer, recent: Pointer, kv: Pointer, visible: Pointer, chosen: Pointer, sink: Pointer, at: Pointer,
-            parts: Pointer, stats: Pointer, before: int, heads: int, d: int, n: int, k: int, window: int, scale: float,
+            parts: Pointer, stats: Pointer, before: int, heads: int, d: int, still: int, n: int, k: int, window: int,
+            scale: float,
             CHOOSING: tl.constexpr, SPLIT: tl.constexpr, LIVE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-            D: tl.constexpr, WIDE: tl.constexpr, DOT: tl.constexpr) -> None:
+            D: tl.constexpr, FORM: tl.constexpr, DOT: tl.constexpr) -> None:
     """parts [t, splits, heads, d] and stats [t, splits, heads, 2]; unless SPLIT, parts is the output itself.
     LIVE: the only token's position is read from `at`, and `recent` is a ring of `window` rows."""
     if LIVE:
@@ -115,17 +118,16 @@ def _attend(q: Pointer, recent: Pointer, kv: Pointer, visible: Pointer, chosen: 
     out = tl.zeros((HEADS, D), tl.float32)
     for tile in range(begin, tl.minimum(end, near_tiles)):
         slot = tile * KEYS + lane
-        key = (first + slot).to(tl.int64)
-        keys = tl.load(recent + key[:, None] * d + channel[None, :], (slot < near)[:, None] & (channel < d)[None, :], 0.0)
-        most, total, out = _absorb(query, keys, slot < near, most, total, out, WIDE, DOT)
+        keys = kept_keys(recent, (first + slot).to(tl.int64), slot < near, channel, d, still, FORM)
+        most, total, out = _absorb(query, keys, slot < near, most, total, out, FORM == 0, DOT)
     for tile in range(tl.maximum(begin, near_tiles), end):
         slot = (tile - near_tiles) * KEYS + lane
         key = slot.to(tl.int64)
         if CHOOSING:
             key = tl.load(chosen + token.to(tl.int64) * k + slot, slot < k, -1)
         seen = (slot < far) & (key >= 0) & (key < sees)
-        keys = tl.load(kv + key[:, None] * d + channel[None, :], seen[:, None] & (channel < d)[None, :], 0.0)
-        most, total, out = _absorb(query, keys, seen, most, total, out, WIDE, DOT)
+        keys = kept_keys(kv, key, seen, channel, d, still, FORM)
+        most, total, out = _absorb(query, keys, seen, most, total, out, FORM == 0, DOT)
 
     if SPLIT:
         row = (token.to(tl.int64) * splits + split) * heads + head
@@ -151,11 +153,11 @@ def _join(parts: Pointer, stats: Pointer, out: Pointer, splits: int, heads: int,
 
 
 AHEAD = (
-    Case(_attend, "*fp32 *bf16 *bf16 *i64 *i64 *fp32 *i64 *fp32 *fp32 i32 i32:16 i32:16 i32 i32 i32 fp32",
+    Case(_attend, "*fp32 *u8 *u8 *i64 *i64 *fp32 *i64 *fp32 *fp32 i32 i32:16 i32:16 i32:16 i32 i32 i32 fp32",
          {"CHOOSING": True, "SPLIT": True, "LIVE": True, "HEADS": HEADS, "KEYS": default("attention.attend")["keys"], "D": 512,
-          "WIDE": False, "DOT": DOT}, warps=8, stages=1),
-    Case(_attend, "*fp32 *fp32 *fp32 *i64 *i64 *fp32 *i64 *fp32 *fp32 i32 i32:16 i32:16 i32 i32 i32 fp32",
-         {"CHOOSING": False, "SPLIT": False, "LIVE": False, "HEADS": HEADS, "KEYS": WIDE_KEYS, "D": 512, "WIDE": True,
+          "FORM": 2, "DOT": DOT}, warps=8, stages=1),
+    Case(_attend, "*fp32 *fp32 *fp32 *i64 *i64 *fp32 *i64 *fp32 *fp32 i32 i32:16 i32:16 i32:16 i32 i32 i32 fp32",
+         {"CHOOSING": False, "SPLIT": False, "LIVE": False, "HEADS": HEADS, "KEYS": WIDE_KEYS, "D": 512, "FORM": 0,
           "DOT": DOT}, warps=8, stages=1),
     Case(_join, "*fp32 *fp32 *fp32 i32 i32:16 i32:16", {"SPLITS": 32, "D": 512}, warps=8),
 )

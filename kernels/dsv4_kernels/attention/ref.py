@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, uint8
 
 from dsv4_kernels import alloc
 from dsv4_kernels.attention import Entries
+from dsv4_kernels.cache.packed import unpack_kv
 from dsv4_kernels.norm_rope.ref import rotate
 from dsv4_kernels.tiles import tiles
 
@@ -18,6 +19,10 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
     t, heads, d = q.shape
     if at is not None:
         recent = recent[:min(int(at) + 1, window)]
+    if recent.dtype == uint8:
+        rotated = 0 if turns is None else 2 * turns.shape[-1]
+        recent = unpack_kv(recent, rotated)
+        entries = None if entries is None else entries._replace(kv=unpack_kv(entries.kv, rotated))
     out = alloc.empty_like(q)
     q = q * d ** -0.5
     recent = recent.to(q.dtype)

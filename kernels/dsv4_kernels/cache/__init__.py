@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from torch import Tensor
+from torch import Tensor, uint8
 
 from dsv4_kernels.backends import pick
+from dsv4_kernels.cache.packed import index_bytes, kv_bytes
 from dsv4_kernels.checks import demand_multiple, demand_shape
 from dsv4_kernels.rounding import INDEX_BLOCK, KV_BLOCK
 
@@ -23,7 +24,8 @@ def keep(rows: Tensor, to: Tensor, *, backend: str | None = None) -> None:
 def keep_keys(x: Tensor, norm: Tensor, eps: float, turns: Tensor, rounding: Rounding, to: Tensor, row: Tensor | None = None, *,
               backend: str | None = None) -> None:
     """Makes keys of their projections and keeps them: x [t, d] is normed by norm [d], turned by turns complex [t, pairs], rounded
-    (`rounding.round_kv`, `rounding.round_index` or not at all) and written to `to` [t, d], as by `keep`.
+    (`rounding.round_kv`, `rounding.round_index` or not at all) and written to `to` [t, d], as by `keep`. If `to` is uint8,
+    rounded keys are packed (cache.packed): [t, kv_bytes] or [t, index_bytes].
 
     row: int64 [1] in the device's memory, the row of `to` [n, d] that takes the only key, t = 1; it is read when the kernel
     runs, so a recorded launch may be repeated for another. Raises ValueError when shapes differ, for a rounding that there is
@@ -31,15 +33,18 @@ def keep_keys(x: Tensor, norm: Tensor, eps: float, turns: Tensor, rounding: Roun
     """
     demand_shape("norm weight", norm, x.shape[-1])
     demand_shape("turns", turns, x.shape[0], None)
-    if row is None:
-        demand_shape("cache rows", to, *x.shape)
-    else:
-        demand_shape("row", row, 1)
-        demand_shape("x", x, 1, None)
-        demand_shape("cache rows", to, None, x.shape[1])
     if rounding not in get_args(Rounding):
         raise ValueError(f"there is no rounding {rounding!r}; there are {', '.join(get_args(Rounding))}")
     if rounding != "none":
         still = x.shape[-1] - 2 * turns.shape[-1]
         demand_multiple("rounded part", still if rounding == "kv" else x.shape[-1], KV_BLOCK if rounding == "kv" else INDEX_BLOCK)
+    width = x.shape[1]
+    if to.dtype == uint8:
+        if rounding == "none":
+            raise ValueError("keys that are not rounded cannot be packed")
+        width = index_bytes(width) if rounding == "index" else kv_bytes(width, 2 * turns.shape[-1])
+    demand_shape("cache rows", to, x.shape[0] if row is None else None, width)
+    if row is not None:
+        demand_shape("row", row, 1)
+        demand_shape("x", x, 1, None)
     pick("cache", x.device.type, backend).module.keep_keys(x, norm, eps, turns, rounding, to, row)

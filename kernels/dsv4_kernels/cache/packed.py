@@ -7,8 +7,10 @@ Rounding leaves codes of 8 or 4 bits and a power of two for each block, and rows
 - Index keys: a byte for two neighbours' E2M1 codes, the first in the lower half, then a byte E8M0 for each 32 values.
   68 bytes for 128 values.
 
-A block with a value that is not finite gets the scale 255 and reads as NaN throughout. Rows lie on the CPU. No kernel
-reads them yet: this is the format for those that will.
+A block with a value that is not finite gets the scale 255 and reads as NaN throughout. The Triton kernels write and read such
+rows (cache/gpu.py); this is what `ref` does, and how a state goes from one form to the other. A row is one run of bytes, so that
+rings, entries and snapshots stay tensors with a row for each key; rows of 583 bytes begin at odd addresses and are read byte by
+byte, which costs instructions, not traffic.
 """
 
 from __future__ import annotations

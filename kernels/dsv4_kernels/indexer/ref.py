@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import alloc
+from dsv4_kernels.cache.packed import unpack_index
 from dsv4_kernels.tiles import tiles
 
 
 def top_indices(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: int) -> Tensor:
     t, heads, _ = q.shape
     n = len(keys)
-    keys = keys.to(q.dtype)
+    keys = (unpack_index(keys) if keys.dtype == torch.uint8 else keys).to(q.dtype)
     numbers = torch.arange(n, device=q.device)
     chosen = alloc.empty((t, min(k, n)), torch.int64, q.device)
     for rows in tiles(t, heads * n):

@@ -76,8 +76,10 @@ def _turned(x: Tensor, rounded: bool) -> Tensor:
 
 
 @triton.jit
-def rounded(x: Block, LARGEST: tl.constexpr, LEAST: tl.constexpr, SMALLEST: tl.constexpr, BITS: tl.constexpr) -> Block:
-    """x [rows, block]: each row rounded to codes with one power-of-two scale; a row with no number in it becomes NaN.
+def scaled(x: Block, LARGEST: tl.constexpr, LEAST: tl.constexpr, SMALLEST: tl.constexpr,
+           BITS: tl.constexpr) -> tuple[Block, Block]:
+    """x [rows, block] -> the magnitudes that its codes stand for, and the bits of each row's power-of-two scale [rows, 1]; a row
+    with no number in it has those of infinity.
 
     SMALLEST: below it codes no longer get closer; BITS: of a code's mantissa.
     """
@@ -90,15 +92,64 @@ def rounded(x: Block, LARGEST: tl.constexpr, LEAST: tl.constexpr, SMALLEST: tl.c
     value = tl.minimum(value, LARGEST)
     step = (tl.maximum(value, SMALLEST).to(tl.int32, bitcast=True) & EXPONENT) - (BITS << 23)
     steps = (value * (-step + INVERSE).to(tl.float32, bitcast=True) + WHOLE) - WHOLE
-    value = steps * step.to(tl.float32, bitcast=True) * scale.to(tl.float32, bitcast=True)
-    signed = (value.to(tl.int32, bitcast=True) | (bits ^ magnitude)).to(tl.float32, bitcast=True)
-    return tl.where(most >= EXPONENT, float("nan"), signed)
+    return steps * step.to(tl.float32, bitcast=True), tl.where(most >= EXPONENT, EXPONENT, scale)
+
+
+@triton.jit
+def rounded(x: Block, LARGEST: tl.constexpr, LEAST: tl.constexpr, SMALLEST: tl.constexpr, BITS: tl.constexpr) -> Block:
+    """x [rows, block]: each row rounded to codes with one power-of-two scale; a row with no number in it becomes NaN."""
+    value, scale = scaled(x, LARGEST, LEAST, SMALLEST, BITS)
+    value *= scale.to(tl.float32, bitcast=True)
+    bits = x.to(tl.int32, bitcast=True)
+    signed = (value.to(tl.int32, bitcast=True) | (bits & -2147483648)).to(tl.float32, bitcast=True)
+    return tl.where(scale >= EXPONENT, float("nan"), signed)
 
 
 @triton.jit
 def rounded_fp8(x: Block) -> Block:
     """x [rows, block] float32 -> E4M3 codes times each row's scale."""
     return rounded(x, FP8_LARGEST, FP8_LEAST, 0.015625, 3)
+
+
+@triton.jit
+def codes_fp8(x: Block) -> tuple[Block, Block]:
+    """x [rows, block] float32 -> its E4M3 codes and the E8M0 byte of each row [rows, 1], both int32."""
+    value, scale = scaled(x, FP8_LARGEST, FP8_LEAST, 0.015625, 3)
+    bits = value.to(tl.int32, bitcast=True)
+    code = tl.where(value >= 0.015625, (bits >> 20) - (120 << 3), (value * 512).to(tl.int32))
+    return code | ((x.to(tl.int32, bitcast=True) >> 24) & 128), scale >> 23
+
+
+@triton.jit
+def codes_fp4(x: Block) -> tuple[Block, Block]:
+    """x [rows, block] float32 -> its E2M1 codes and the E8M0 byte of each row [rows, 1], both int32."""
+    value, scale = scaled(x, FP4_LARGEST, FP4_LEAST, 1.0, 1)
+    bits = value.to(tl.int32, bitcast=True)
+    code = tl.where(value >= 1, (bits >> 22) - (126 << 1), (value * 2).to(tl.int32))
+    return code | ((x.to(tl.int32, bitcast=True) >> 28) & 8), scale >> 23
+
+
+@triton.jit
+def of_fp8(code: Block, scale: Block) -> Block:
+    """E4M3 codes under E8M0 bytes, int32 of one shape -> float32, which bf16 holds too; NaN under the byte 255."""
+    size = code & 127
+    bits = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    return _signed(tl.where(size >= 8, bits, size.to(tl.float32) * 0.001953125), code >> 7, scale)
+
+
+@triton.jit
+def of_fp4(code: Block, scale: Block) -> Block:
+    """E2M1 codes under E8M0 bytes, int32 of one shape -> float32, which bf16 holds too; NaN under the byte 255."""
+    size = code & 7
+    bits = ((size << 22) + (126 << 23)).to(tl.float32, bitcast=True)
+    return _signed(tl.where(size >= 2, bits, size.to(tl.float32) * 0.5), code >> 3, scale)
+
+
+@triton.jit
+def _signed(size: Block, negative: Block, scale: Block) -> Block:
+    value = size * (scale << 23).to(tl.float32, bitcast=True)
+    signed = (value.to(tl.int32, bitcast=True) | (negative << 31)).to(tl.float32, bitcast=True)
+    return tl.where(scale == 255, float("nan"), signed)
 
 
 @triton.jit
