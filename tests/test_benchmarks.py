@@ -181,3 +181,17 @@ def test_a_model_larger_than_its_memory(tmp_path: Path) -> None:
     assert float(free["planned_on_disk_gb"]) == 0 < float(bound["planned_on_disk_gb"])
     assert (free["digest"], bound["killed"]) == (bound["digest"], "0")
     assert 1e9 * float(bound["peak_gb"]) <= whole.least + whole.experts // 3
+
+
+def test_a_share_of_the_experts_on_a_card(tmp_path: Path) -> None:
+    model, table = Checkpoint(Shape(), 1).write(tmp_path / "small"), tmp_path / "rows.csv"
+    command = [sys.executable, str(ROOT / "benchmarks/tiers.py"), str(model), "--shares", "0,0.5", "--numerics", "plain",
+               "--prompt", "20", "--tokens", "6", "--most", "1e-5", "--out", str(table)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr + done.stdout
+    whole, none, half = csv.DictReader(table.read_text().splitlines())
+    assert (whole["slots"], none["slots"], half["slots"]) == ("", "0", "20")
+    assert (float(whole["hits"]), float(none["hits"])) == (1, 0)
+    assert 0 < float(half["hits"]) < 1
+    assert 0 < float(half["error"]) < 1e-5 or half["error"] == "0.0"
+    assert all(float(row["decode_tok_s"]) > 0 and float(row["bound_tok_s"]) > 0 for row in (whole, none, half))

@@ -40,7 +40,8 @@ MAY_OPEN: dict[str, set[str]] = {
     "dsv4cli.model": WING | {"dsv4_quant", "dsv4_kernels"},
     "dsv4cli.engine": WING
     | HEADERS
-    | {"dsv4_quant", "dsv4cli.model", "dsv4cli.encoding", "dsv4cli.registry", "dsv4_kernels.backends", "dsv4_kernels.speeds"},
+    | {"dsv4_quant", "dsv4cli.model", "dsv4cli.encoding", "dsv4cli.registry"}
+    | {"dsv4_kernels.backends", "dsv4_kernels.sampling", "dsv4_kernels.speeds"},
     "dsv4cli.chat": WING | {"dsv4cli.engine", "dsv4cli.encoding", "dsv4cli.registry"},
     "dsv4cli": {"dsv4cli", "dsv4_quant", "dsv4_kernels"},  # commands and cli: the top floor sees everything
 }

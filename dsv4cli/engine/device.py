@@ -1,6 +1,7 @@
 """Where a model computes: on a card where one is asked for, or is there for `auto` once kernels are PROVEN; else on the CPU.
 
-A card has to be one that our kernels can use, and the model has to fit into its memory."""
+A card has to be one that our kernels can use. For `auto` the model has to fit into its memory; whoever asks for a card gets it as
+long as everything but routed experts fits."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch
 from dsv4_kernels import backends
 from dsv4cli.console import in_bytes
 from dsv4cli.engine.memory import MemoryPlan
-from dsv4cli.errors import CapacityError, UsageError
+from dsv4cli.errors import UsageError
 
 DEVICES = ("auto", "cpu", "cuda")
 OLDEST = (8, 0)  # compute capability of NVIDIA's first cards whose tensor cores take bf16
@@ -54,20 +55,12 @@ def settle(name: str, asked: str, formats: Collection[str], plan_for: Callable[[
             raise UsageError(f"{name} cannot run on cuda: there is no kernel for {', '.join(strange)}.", PLAIN_HINT)
         if asked == "cuda" or (plan.on_cards and not strange):
             plan.demand_fit(name)
-            _demand_whole(name, plan)
             return Place("cuda", "it was asked for" if asked == "cuda" else "the model fits into the card's memory", plan)
         reason = (f"no kernel of the card's reads {', '.join(strange)}" if strange else
                   f"the model needs {_whole(plan)} of the card's memory, which has {_free(plan)} free")
     plan = plan_for("cpu")
     plan.demand_fit(name)
     return Place("cpu", reason, plan)
-
-
-def _demand_whole(name: str, plan: MemoryPlan) -> None:
-    """Raises CapacityError unless the card has room for every expert: until some of them can stay behind."""
-    if not plan.on_cards:
-        raise CapacityError(f"{name} needs {_whole(plan)} of the card's memory, but only {_free(plan)} are available.",
-                            "Choose a smaller quantisation, or --device cpu.")
 
 
 def _whole(plan: MemoryPlan) -> str:

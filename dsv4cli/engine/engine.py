@@ -1,4 +1,5 @@
-"""The Engine: opens a model, begins sessions, answers conversations. Nothing in it changes after opening."""
+"""The Engine: opens a model, begins sessions, answers conversations. Nothing in it changes after opening, but for which experts
+lie where."""
 
 from __future__ import annotations
 
@@ -9,9 +10,10 @@ from typing import Any
 import torch
 
 from dsv4_kernels import backends
-from dsv4_quant.files import open_source
+from dsv4_quant.files import Source, open_source
 from dsv4cli.engine import opening, turn
-from dsv4cli.engine.device import demand_device
+from dsv4cli.engine.device import Place, demand_device
+from dsv4cli.engine.hot import Counts, Hot, Pace, counts_path
 from dsv4cli.engine.loaded import Loaded
 from dsv4cli.engine.memory import MemoryPlan
 from dsv4cli.engine.records import Token
@@ -35,12 +37,11 @@ class Engine(Loaded):
              vram: Sequence[int] = (), threads: int | None = None, ctx: int | None = None, release: str | None = None) -> Engine:
         """Opens a model by alias, checkpoint folder or .gguf path.
 
-        device: "cpu", "cuda" (torch calls AMD's cards so too), or "auto": cuda where a card is and the model fits into its
-        memory. vram: the most bytes to use of the card, which also asks for one. ctx None chooses the longest usual context
-        that fits. threads hold for the whole process; None means one per physical core, but 1 for a very small model. Raises
-        UsageError (unknown name, bad value),
-        CapacityError with both numbers before anything is loaded that does not fit, and what the reader raises for a
-        damaged or unknown file.
+        device: "cpu", "cuda" (torch calls AMD's cards so too; of routed experts it holds as many as fit), or "auto": cuda where
+        a card is and the model fits into its memory. vram: the most bytes to use of the card, which also asks for one. ctx None
+        chooses the longest usual context that fits. threads hold for the whole process; None means one per physical core, but 1
+        for a very small model. Raises UsageError (unknown name, bad value), CapacityError with both numbers before anything is
+        loaded that does not fit, and what the reader raises for a damaged or unknown file.
         """
         numerics_named(numerics)
         demand_device(device)
@@ -50,10 +51,11 @@ class Engine(Loaded):
         place = opening.place_of(source, entry.name, ctx, numerics, device, vram)
         use_threads(threads, place.plan)
         opening.read_ahead(source, place.plan)
-        model_there = Model.bind(source, numerics=numerics, device=place.device)
+        fingerprint = opening.fingerprint_of(source, numerics)
+        model_there, hot = _bound(source, numerics, place, fingerprint)
         return cls(entry.name, model_there, opening.tokenizer_of(source, entry.name),
-                   release_of(entry, source.metadata, release), place.plan, opening.fingerprint_of(source, numerics),
-                   opening.sampling_of(source), place.reason)
+                   release_of(entry, source.metadata, release), place.plan, fingerprint, opening.sampling_of(source),
+                   place.reason, hot)
 
     def session(self) -> Session:
         """A new, empty timeline."""
@@ -74,6 +76,17 @@ class Engine(Loaded):
         return turn.answer(self, [dict(message) for message in messages], session=session or self.session(),
                            think=think, tools=tools, sampling=sampling or self.sampling, max_tokens=max_tokens, stop=stop,
                            think_budget=think_budget, cancel=cancel, progress=progress)
+
+
+def _bound(source: Source, numerics: str, place: Place, fingerprint: str) -> tuple[Model, Hot | None]:
+    """The model in its place; and where a card has too few slots for all its experts, who decides which they are for."""
+    rooms = opening.rooms_of(place)
+    if not rooms:
+        return Model.bind(source, numerics=numerics, device=place.device), None
+    path = counts_path(fingerprint)
+    counts, pace = Counts.load(path, source.config), Pace.of(source.config, place.plan.cards[0])
+    model = Model.bind(source, numerics=numerics, rooms=rooms, wanted=counts.dealt(rooms, pace))
+    return model, Hot(model.tiers, counts, pace, path) if model.tiers is not None else None
 
 
 def _demand_threads(threads: int | None) -> None:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 from dsv4_quant.config import ModelConfig
 from dsv4cli.encoding.tokenizer import Tokenizer
+from dsv4cli.engine.hot import Hot
 from dsv4cli.engine.memory import MemoryPlan
 from dsv4cli.engine.sampling import Sampling
 from dsv4cli.errors import UsageError
@@ -26,6 +27,7 @@ class Loaded:
     fingerprint: str  # of configuration, weights and numerics: what a saved session must match
     sampling: Sampling = field(default_factory=Sampling)  # what the model's authors recommend, where a request says nothing
     device_reason: str = "it was asked for"  # why the model is on its device
+    hot: Hot | None = None  # what to keep on a card, where not all experts fit there
 
     @property
     def config(self) -> ModelConfig:

@@ -23,6 +23,7 @@ from dsv4cli.engine.memory import (
 )
 from dsv4cli.engine.sampling import Sampling
 from dsv4cli.errors import CapacityError, CorruptError, UsageError
+from dsv4cli.model.slots import Room
 
 RECOMMENDED = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty")  # keys of generation_config.json
 WHOLE_NUMBERS = ("i8", "i16", "i32", "i64")  # tables, which are decoded when they are bound
@@ -57,6 +58,14 @@ def read_ahead(source: Source, plan: MemoryPlan) -> None:
     """Has experts read ahead from now on if not all of them fit into memory. (Where they do, asking costs more than it gains.)"""
     if plan.on_disk:
         backends.ask_ahead(min(advised_at_once(file) for file in source.header.files()))
+
+
+def rooms_of(place: Place) -> tuple[Room, ...]:
+    """Slots for routed experts on the cards; none where all weights lie in one place."""
+    plan = place.plan
+    if plan.on_cards or plan.expands:
+        return ()
+    return tuple(Room(place.device, card.first, card.last, card.slots) for card in plan.cards)
 
 
 def _formats(source: Source) -> set[str]:

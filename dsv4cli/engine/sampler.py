@@ -1,4 +1,4 @@
-"""From logits to a token id: penalty, temperature, top-k, top-p, min-p, then one draw. All in float32."""
+"""From logits to a token id, on whichever device the logits are. The random numbers are the host's, and only the id is read."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dsv4_kernels.sampling import BANNED, SEEN, Filters, sample
 from dsv4cli.engine.sampling import Sampling
 from dsv4cli.errors import Dsv4Error
 
@@ -16,63 +17,40 @@ Sampler = Callable[[Tensor, Sequence[int]], int]
 def make_sampler(sampling: Sampling, banned: Sequence[int] = ()) -> Sampler:
     """Returns choose(logits [vocab], history of ids) -> id. `banned` ids are never chosen.
 
-    The sampler owns its random numbers: two samplers with the same seed make the same choices, whatever else runs.
+    The sampler owns its random numbers: two samplers with the same seed make the same choices, whatever else runs and wherever
+    the logits are. Raises Dsv4Error for logits of which one is no number, or none that may be chosen is finite.
     """
     generator = torch.Generator()
     if sampling.seed is None:
         generator.seed()
     else:
         generator.manual_seed(sampling.seed)
-    barred = torch.tensor(sorted(banned), dtype=torch.long)
+    filters = filters_of(sampling)
+    marks: dict[tuple[torch.device, int], Tensor] = {}
 
     def choose(logits: Tensor, history: Sequence[int]) -> int:
-        scores = penalised(_fair(logits), history, sampling.repetition_penalty)
-        scores[barred] = -torch.inf
-        if sampling.greedy:
-            return int(scores.argmax())
-        return int(torch.multinomial(probabilities(scores, sampling), 1, generator=generator))
+        place = logits.device, len(logits)
+        if place not in marks:
+            marks[place] = _marked(torch.zeros(len(logits), dtype=torch.uint8), banned, BANNED).to(logits.device)
+        known = marks[place]
+        if filters.penalty != 1 and history:
+            known = _marked(known.clone(), sorted(set(history)), SEEN)
+        draw = 0 if sampling.greedy else int(torch.randint(1 << 53, (1,), generator=generator))
+        token = int(sample(logits.detach().float(), known, filters, draw))
+        if token < 0:
+            raise Dsv4Error("The model produced logits that are not numbers.",
+                            "The weights are probably damaged: compare their checksums with the published ones.")
+        return token
 
     return choose
 
 
-def probabilities(scores: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution that is drawn from: scores [vocab] -> probabilities [vocab], float32, zero outside what is kept.
-
-    Each filter sees the probabilities at the chosen temperature, renormalised over what the filters before it kept.
-    """
-    scores = scores.float()
-    chances = torch.softmax((scores - scores.max()) / sampling.temperature, -1)
-    if 0 < sampling.top_k < chances.numel():
-        chances = _kept(chances, chances.topk(sampling.top_k).indices)
-    if sampling.top_p < 1:
-        ordered, index = chances.sort(descending=True, stable=True)
-        reached_before = ordered.cumsum(-1) - ordered
-        chances = _kept(chances, index[reached_before < sampling.top_p])
-    if sampling.min_p > 0:
-        chances = _kept(chances, (chances >= sampling.min_p * chances.max()).nonzero().squeeze(-1))
-    return chances
+def filters_of(sampling: Sampling) -> Filters:
+    return Filters(0.0 if sampling.greedy else sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p,
+                   sampling.repetition_penalty)
 
 
-def penalised(scores: Tensor, history: Sequence[int], penalty: float) -> Tensor:
-    """Makes every id of the history less likely (penalty > 1): positive logits are divided, negative multiplied."""
-    if penalty == 1 or not history:
-        return scores
-    seen = torch.tensor(sorted(set(history)), dtype=torch.long)
-    old = scores[seen]
-    scores[seen] = torch.where(old > 0, old / penalty, old * penalty)
-    return scores
-
-
-def _kept(chances: Tensor, index: Tensor) -> Tensor:
-    kept = torch.zeros_like(chances)
-    kept[index] = chances[index]
-    return kept / kept.sum()
-
-
-def _fair(logits: Tensor) -> Tensor:
-    """A float32 copy on the CPU; the caller's logits stay as they are. Refuses NaN: no choice could mean anything."""
-    scores = logits.detach().to("cpu", torch.float32, copy=True)
-    if torch.isnan(scores).any() or not torch.isfinite(scores).any():
-        raise Dsv4Error("The model produced logits that are not numbers.",
-                        "The weights are probably damaged: compare their checksums with the published ones.")
-    return scores
+def _marked(marks: Tensor, ids: Sequence[int], mark: int) -> Tensor:
+    where = torch.tensor(ids, dtype=torch.int64).to(marks.device)
+    marks[where] |= mark
+    return marks

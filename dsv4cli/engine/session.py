@@ -17,7 +17,7 @@ from dsv4cli.engine import sessionfile
 from dsv4cli.engine.loaded import Loaded
 from dsv4cli.engine.memory import PREFILL_CHUNK
 from dsv4cli.engine.snapshots import Mark, Shelf
-from dsv4cli.errors import Interrupted, UsageError
+from dsv4cli.errors import CapacityError, Interrupted, UsageError
 from dsv4cli.model.state import Snapshot
 
 MOST_MARKS = 12
@@ -119,12 +119,22 @@ class Session:
         self.mark()
 
     def _advance(self, chunk: Sequence[int]) -> None:
+        hot = self.engine.hot
         try:
             self._logits = self.engine.model.forward(torch.tensor(chunk), self._state)[-1]
             self.ids.extend(chunk)
-        except BaseException:  # an interrupt may come between two layers, when the state is neither old nor new
+            if hot is not None:
+                hot.observe()
+        except BaseException as failure:  # it may come between two layers, when the state is neither old nor new
+            wanted = [*self.ids, *chunk]
             self._return_to(self._shelf.newest())
-            raise
+            if not isinstance(failure, torch.OutOfMemoryError):
+                raise
+            if hot is None or not hot.shrink():
+                raise CapacityError(f"The device has no memory left: {str(failure).partition('. ')[0]}.",
+                                    "Choose a smaller --ctx, or close other programs that use it.") from failure
+            for part in _chunks(wanted, self.position, {len(wanted)}):
+                self._advance(part)
 
     def _go_back(self, ids: Sequence[int]) -> None:
         """Leaves of the timeline what `ids` begins with: all of it, or as much as the nearest snapshot holds."""

@@ -8,6 +8,7 @@ from dsv4_kernels.hyper import HyperSettings, mix_streams
 from dsv4_kernels.residual import Joined, Residual
 from dsv4_quant.config import ModelConfig
 from dsv4cli.model.attention import Attention
+from dsv4cli.model.experts import Tiers
 from dsv4cli.model.moe import Moe
 from dsv4cli.model.numerics import Numerics
 from dsv4cli.model.state import LayerState
@@ -18,13 +19,14 @@ from dsv4cli.model.weights import LayerWeights
 class Block:
     """Layer number `layer` of the trunk."""
 
-    def __init__(self, weights: LayerWeights, config: ModelConfig, layer: int, numerics: Numerics, after: Tensor) -> None:
-        """after: `fn` of the mixer that reads what this layer writes."""
+    def __init__(self, weights: LayerWeights, config: ModelConfig, layer: int, numerics: Numerics, after: Tensor,
+                 tiers: Tiers | None = None) -> None:
+        """after: `fn` of the mixer that reads what this layer writes. tiers: of its experts, where they lie in several places."""
         self.weights = weights
         self.after = after
         self.hyper = HyperSettings(config.rms_norm_eps, config.hc_eps, config.hc_sinkhorn_iters)
         self.attention = Attention(weights.attention, config, config.ratio(layer), numerics)
-        self.moe = Moe(weights.moe, config)
+        self.moe = Moe(weights.moe, config, tiers)
 
     def __call__(self, given: Joined, step: Step, state: LayerState) -> Joined:
         """streams [t, hc_mult, hidden] -> the same, one layer later."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Literal
 
@@ -15,12 +15,15 @@ from dsv4_kernels.linear import Norm, embed, linears
 from dsv4_kernels.residual import Joined
 from dsv4_quant.config import ModelConfig
 from dsv4_quant.files import Source
+from dsv4_quant.formats import Packed
 from dsv4cli.errors import UsageError
 from dsv4cli.model.block import Block
+from dsv4cli.model.experts import Place, TieredExperts, Tiers
 from dsv4cli.model.files import MappedFiles
 from dsv4cli.model.numerics import Numerics, numerics_named
 from dsv4cli.model.recording import Recording, recorder
 from dsv4cli.model.sizes import EXPAND_LIMIT
+from dsv4cli.model.slots import Room
 from dsv4cli.model.state import State
 from dsv4cli.model.step import Rope, Step
 from dsv4cli.model.weights import ModelWeights, bind
@@ -34,32 +37,43 @@ class Model:
     """The trunk with its weights. Immutable; what changes with the tokens is in a State."""
 
     def __init__(self, weights: ModelWeights, config: ModelConfig, numerics: Numerics, files: MappedFiles | None = None, *,
-                 records: bool = True) -> None:
-        """files: those that weights are mapped from, if any are. records: whether decoded tokens may be CUDA graphs."""
+                 records: bool = True, tiers: TieredExperts | None = None) -> None:
+        """files: those that weights are mapped from, if any are. records: whether decoded tokens may be CUDA graphs. tiers: of
+        routed experts that lie in several places; then the host has its part in each layer, and there are no graphs."""
         self.weights = weights
+        self.tiers = tiers
         self.config = config
         self.numerics = numerics
         self.files = files
-        self.records = records
+        self.records = records and tiers is None
         self.device = weights.norm.device
         self.rope = Rope.of(config).to(self.device)
         readers = [*(layer.hc_attn for layer in weights.layers[1:]), weights.hc_head]
-        self.blocks = [Block(layer, config, number, numerics, reader.fn)
-                       for number, (layer, reader) in enumerate(zip(weights.layers, readers, strict=True))]
+        each: Sequence[Tiers | None] = tiers.layers if tiers else [None] * len(weights.layers)
+        self.blocks = [Block(layer, config, number, numerics, reader.fn, own)
+                       for number, (layer, reader, own) in enumerate(zip(weights.layers, readers, each, strict=True))]
 
     @classmethod
     def bind(cls, source: Source, *, numerics: str = "official", expand_limit: int = EXPAND_LIMIT,
-             device: str = "cpu", records: bool = True) -> Model:
+             device: str = "cpu", records: bool = True, rooms: Sequence[Room] = (),
+             wanted: Iterable[Place] | None = None) -> Model:
         """Binds the trunk's weights; packed ones stay views of the source's files, or are copied to `device` as stored.
 
         numerics: "plain" or "official". expand_limit: bytes of float32 weights up to which the model is decoded once.
         records: whether on a card the launches of decoded tokens are recorded and replayed; without, each is described anew.
+        rooms: where these are given, routed experts that are not expanded stay in the files, and as many as there are slots for
+        are copied there, beside all other weights. wanted: which experts, the dearest first.
         Raises CorruptFile for a missing tensor, a wrong shape or a file that changes meanwhile, UsageError for unknown numerics.
         """
         chosen, files = numerics_named(numerics), MappedFiles(source)
-        weights = bind(source, expand_limit, exact=chosen.exact, device=device)
+        device = rooms[0].device if rooms else device
+        weights = bind(source, expand_limit, exact=chosen.exact, device=device, tiers=bool(rooms))
+        tiers = None
+        if rooms and isinstance(weights.layers[0].moe.experts[0].w1, Packed):
+            tiers = TieredExperts([layer.moe.experts for layer in weights.layers], rooms,
+                                  source.config.num_experts_per_tok, wanted)
         files.demand_unchanged()
-        return cls(weights, source.config, chosen, files if device == "cpu" else None, records=records)
+        return cls(weights, source.config, chosen, files if tiers or device == "cpu" else None, records=records, tiers=tiers)
 
     @property
     def weight_bytes(self) -> int:
@@ -86,7 +100,7 @@ class Model:
         """
         self._check(ids, state)
         state.reserve(state.position + len(ids))
-        with torch.inference_mode():
+        with torch.inference_mode(), self.tiers.computing() if self.tiers else nullcontext():
             rows = list(self._rows(ids.to(self.device).split(PIECE), state, logits))
         if self.files is not None:
             self.files.demand_unchanged()
@@ -98,6 +112,9 @@ class Model:
         for number, piece in enumerate(pieces, 1):
             wanted = len(piece) if logits == "all" else int(logits == "last" and number == len(pieces))
             state.torn = True
+            if len(piece) == 1 and backends.asks_ahead():
+                for block in self.blocks:
+                    block.moe.ask_for(int(piece))
             if len(piece) == 1 and backends.repeatable(piece.device.type):
                 rows = self._repeated(piece, state, wanted)
                 state.moved(state.position + 1)

@@ -90,17 +90,20 @@ class ModelWeights:
         return sum(torch.Size(leaf.shape).numel() for leaf in leaves(self))
 
 
-def bind(source: Source, expand_limit: int, *, exact: bool = False, device: str = "cpu") -> ModelWeights:
+def bind(source: Source, expand_limit: int, *, exact: bool = False, device: str = "cpu", tiers: bool = False) -> ModelWeights:
     """The trunk's weights; expanded to float32 when that takes at most `expand_limit` bytes.
 
     On another device than the CPU they are copies, made one by one from the mapped file, so that the host's memory holds
-    pages of the file at most. With `exact` nobody may round what packed weights are multiplied with. Raises CorruptFile for
-    a tensor that is missing or whose shape is not the configuration's.
+    pages of the file at most; with `tiers` routed experts that are not expanded stay in the file. With `exact` nobody may round
+    what packed weights are multiplied with. Raises CorruptFile for a tensor that is missing or whose shape is not the
+    configuration's.
     """
     weights = Binder(source, exact).model()
-    if 4 * weights.values <= expand_limit:
+    expanded = 4 * weights.values <= expand_limit
+    if expanded:
         weights = _mapped(weights, lambda leaf: leaf.float() if isinstance(leaf, Packed) else leaf)
-    return weights if device == "cpu" else _mapped(weights, lambda leaf: leaf.to(device))
+    left = (Experts,) if tiers and not expanded else ()
+    return weights if device == "cpu" else _mapped(weights, lambda leaf: leaf.to(device), left)
 
 
 class Binder:
@@ -254,14 +257,16 @@ def _children(node: object) -> Iterator[object]:
         yield from node
 
 
-def _mapped(node: Node, change: Callable[[Packed | Tensor], Tensor | Packed]) -> Node:
-    """The same tree of dataclasses, lists and named tuples with every leaf changed."""
+def _mapped(node: Node, change: Callable[[Packed | Tensor], Tensor | Packed], left: tuple[type, ...] = ()) -> Node:
+    """The same tree of dataclasses, lists and named tuples with every leaf changed, but for parts of the types in `left`."""
     if isinstance(node, (Packed, Tensor)):
         return change(node)  # type: ignore[return-value]  # a leaf stays a leaf
+    if isinstance(node, left):
+        return node
     if isinstance(node, list):
-        return type(node)(_mapped(child, change) for child in node)
+        return type(node)(_mapped(child, change, left) for child in node)
     if isinstance(node, tuple):
-        return type(node)(*(_mapped(child, change) for child in node))
+        return type(node)(*(_mapped(child, change, left) for child in node))
     if is_dataclass(node) and not isinstance(node, type):
-        return replace(node, **{field.name: _mapped(getattr(node, field.name), change) for field in fields(node)})
+        return replace(node, **{field.name: _mapped(getattr(node, field.name), change, left) for field in fields(node)})
     return node

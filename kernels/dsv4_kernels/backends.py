@@ -20,7 +20,7 @@ from dsv4_kernels.unpack import LAYOUTS
 from dsv4_quant.errors import QuantError
 
 OPERATIONS = ("linear", "norm_rope", "rounding", "cache", "hyper", "compressor", "indexer", "attention", "router", "moe",
-              "residual")
+              "residual", "sampling")
 NATIVE = {"cpu": "cpu", "cuda": "gpu"}  # device type -> the file that is written for it
 BACKENDS = ("ref", *NATIVE.values())
 Watcher = Callable[[str, tuple[Any, ...]], None]  # (name of the door, what was given to the backend)
@@ -142,6 +142,11 @@ def read_bandwidth() -> float:
     return library.read_bandwidth()
 
 
+def reader(nbytes: int) -> library.Reader:
+    """Reads memory piece by piece, between other things. Raises what `cpu_trouble` returns."""
+    return library.Reader(nbytes)
+
+
 def use_threads(count: int | None) -> int:
     """Lets the CPU kernels use `count` threads, or one per physical core for None; returns how many."""
     return library.set_threads(count)
@@ -151,6 +156,11 @@ def ask_ahead(at_once: int) -> None:
     """From now on the CPU kernels ask the system for experts, `at_once` bytes with each request, before they multiply them;
     0: no longer. Worth it where not all of them fit into memory. Without kernels nothing changes."""
     library.ask_ahead(at_once)
+
+
+def asks_ahead() -> bool:
+    """Whether experts are asked for before they are multiplied."""
+    return library.asks_ahead()
 
 
 def queued(*, lazily: bool = False) -> AbstractContextManager[None]:

@@ -9,11 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4cli.engine.sampler import make_sampler, probabilities
+from dsv4_kernels import backends
+from dsv4_kernels.sampling import ref
+from dsv4cli.engine.sampler import filters_of, make_sampler
 from dsv4cli.engine.sampling import Sampling
 from dsv4cli.errors import Dsv4Error, UsageError
 
 CHANCES = [0.4, 0.3, 0.15, 0.1, 0.05]
+
+
+def probabilities(scores: Tensor, sampling: Sampling) -> Tensor:
+    """What is drawn from, whatever the device."""
+    chances = ref.chances(scores, filters_of(sampling)).double()
+    return chances / chances.sum()
 
 
 def logits(chances: list[float]) -> Tensor:
@@ -35,8 +43,7 @@ def logits(chances: list[float]) -> Tensor:
 def test_filters_renormalise_exactly(settings: dict[str, Any], weights: list[float]) -> None:
     expected = torch.tensor(weights, dtype=torch.float64)
     found = probabilities(logits(CHANCES), Sampling(**settings))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected / expected.sum(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, expected / expected.sum(), rtol=1e-5, atol=0)
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -68,6 +75,24 @@ def test_greedy_takes_the_first_of_the_largest(temperature: float) -> None:
 def test_a_low_temperature_stays_finite() -> None:
     found = probabilities(torch.tensor([-1e30, 80.0, 79.0]), Sampling(temperature=1e-4))
     assert found.tolist() == [0.0, 1.0, 0.0]
+
+
+def test_where_the_logits_are_changes_no_choice() -> None:
+    """The Triton kernels, which a card would run, and torch draw the same tokens from the same seed."""
+    pytest.importorskip("triton")
+    scores = torch.randn(300, generator=torch.Generator().manual_seed(1)) * 2
+    settings = Sampling(seed=5, temperature=0.8, top_p=0.9, repetition_penalty=1.3)
+
+    def written() -> list[int]:
+        choose, history = make_sampler(settings, banned=[3, 4]), [7]
+        for _ in range(4):
+            history.append(choose(scores, history))
+        return history
+
+    expected = written()
+    with backends.interpreted():
+        assert backends.pick("sampling").name == "gpu"
+        assert written() == expected
 
 
 def test_repetition_penalty_moves_both_signs_down_once() -> None:

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import backends
+from dsv4_kernels.moe import routed_experts, shared_expert
 from dsv4_quant.files import open_source
+from dsv4cli.model import experts
+from dsv4cli.model.experts import TieredExperts
+from dsv4cli.model.slots import Room
 from dsv4cli.model.transformer import Model
 from tests.kernels.interpreter import QUIET
 from tests.support.synth import Checkpoint, Shape
@@ -46,6 +50,21 @@ def test_plain_numerics_compute_what_the_reference_computes(small: Path, request
     request.getfixturevalue("on_reference")
     model = Model.bind(open_source(small), numerics="plain", expand_limit=0)
     assert_close(fast, walked(model, SIZES), CHUNKS)
+
+
+def test_slots_of_a_card_are_read_by_its_kernels(small: Path, request: pytest.FixtureRequest,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one layer's four experts a card holds two; the host's part and what passes through are computed as well."""
+    layer = Model.bind(open_source(small), numerics="plain", expand_limit=0).weights.layers[1].moe
+    given = {tokens: (torch.randn(tokens, SMALL.hidden), torch.rand(tokens, 2),
+                      torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])) for tokens in (1, 3)}
+    monkeypatch.setattr(experts, "BESIDE", 2)
+    tiers = TieredExperts([layer.experts], [Room("cpu", 0, 1, 2)], 2, [(0, 3), (0, 1)]).layers[0]
+    with backends.interpreted():
+        made = [tiers(*each, layer.shared, 10.) for each in given.values()]
+    request.getfixturevalue("on_reference")
+    for out, (x, shares, chosen) in zip(made, given.values(), strict=True):
+        assert_close(out, routed_experts(x, shares, chosen, layer.experts, 10., onto=shared_expert(x, layer.shared, 10.)))
 
 
 def test_official_numerics_take_a_prompt_in_any_chunks(small: Path) -> None:

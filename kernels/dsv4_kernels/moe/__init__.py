@@ -45,6 +45,11 @@ def shared_expert(x: Tensor, expert: Expert, limit: float, *, backend: str | Non
     return pick("moe", x.device.type, backend).module.shared_expert(x, expert, limit)
 
 
+def ask_for(experts: Sequence[Expert], numbers: Sequence[int], *, backend: str | None = None) -> None:
+    """Has the system read experts of the mapped file that will soon be needed, while others compute; see `backends.ask_ahead`."""
+    pick("moe", "cpu", backend).module.ask_for(experts, numbers)
+
+
 def _demand_fit(x: Tensor, expert: Expert) -> None:
     demand_shape("x", x, None, expert.w1.shape[1])
     width, d = expert.w1.shape

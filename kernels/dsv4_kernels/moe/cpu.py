@@ -19,6 +19,7 @@ from dsv4_kernels.native.queue import by_torch, dense
 from dsv4_kernels.native.weights import Weight, native
 
 signature("dsv4_add_experts", P, I, P, P, I, P, I, F, P)
+signature("dsv4_ask_for", P, P, I)
 _SLOT = "_native_bank"  # where Experts keep the array of their structs
 
 
@@ -37,6 +38,12 @@ def routed_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence
 def shared_expert(x: Tensor, expert: Expert, limit: float) -> Tensor:
     """An expert that everybody chose, with weight 1."""
     return routed_experts(x, *_everybody(x.shape[0]), (expert,), limit)
+
+
+def ask_for(experts: Sequence[Expert], numbers: Sequence[int]) -> None:
+    bank = _bank(experts)
+    if bank is not None:
+        load().dsv4_ask_for(bank, (ctypes.c_int64 * len(numbers))(*numbers), len(numbers))
 
 
 @lru_cache(maxsize=4)

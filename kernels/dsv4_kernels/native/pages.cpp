@@ -39,5 +39,11 @@ void ask_for(const Weight& weight) {
 
 }  // namespace dsv4
 
+// Asks for these of `all` experts, each gate, up and down.
+DSV4_API void dsv4_ask_for(const void* all, const int64_t* numbers, int64_t count) {
+    const dsv4::Weight* weights = static_cast<const dsv4::Weight*>(all);
+    for (int64_t i = 0; dsv4::asks_ahead() && i < 3 * count; ++i) dsv4::ask_for(weights[3 * numbers[i / 3] + i % 3]);
+}
+
 // From now on experts are asked for before they are multiplied, `bytes` (whole pages) with each request; 0: no longer.
 DSV4_API void dsv4_ask_ahead(int64_t bytes) { dsv4::at_once = bytes; }
