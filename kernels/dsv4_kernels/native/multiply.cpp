@@ -17,6 +17,7 @@ Grid<4, 3> iq3_xxs_grid;
 namespace {
 
 constexpr int TILE = 4;        // rows that are unpacked together
+constexpr int TOGETHER = REGISTERS >= 32 && ANY_BYTES ? 4 : 2;  // tokens that meet a tile at once: their sums stay in registers
 constexpr int64_t FEW = 3;     // tokens up to which unpacking again is cheaper
 
 Row row_of(const Weight& w, int64_t row) {
@@ -90,7 +91,10 @@ struct Dot {
     float total() const { return sum(even + odd) - sum(below); }
 };
 
-// Four rows, unpacked once and met with two tokens at a time: what is loaded serves twice or four times.
+// Four rows, unpacked once and met with some tokens at a time: what is loaded serves each of them or four times.
+//
+// Where unsigned bytes of any size may meet signed ones, weights are kept as 128 more than they are, and what that is too much comes
+// off before the products are summed; elsewhere as numbers and magnitudes, whose signs move to the activations. Both are exact.
 //
 // A block's product is scaled by weight and activation together; these factors are made beforehand, eight in one go, where the
 // weights have one scale per block.
@@ -105,8 +109,12 @@ struct Tile {
         f32x8* lows;
 
         DSV4_INLINE void put(int64_t k, i8x32 v, Scale scale) {
-            store(w + 32 * k, v);
-            store(sizes + 32 * k, magnitudes(v));
+            if constexpr (ANY_BYTES) {
+                store(sizes + 32 * k, u8x32(v) ^ uint8_t(128));
+            } else {
+                store(w + 32 * k, v);
+                store(sizes + 32 * k, magnitudes(v));
+            }
             store(scales + k, scale);
         }
         DSV4_INLINE void put_unsigned(int64_t k, u8x32 v, Scale scale) { put(k, i8x32(v), scale); }
@@ -119,13 +127,13 @@ struct Tile {
 
     explicit Tile(int64_t cols) : cols(cols), blocks(cols / 32), groups(F::LOW ? cols / F::LOW / 8 : 0) {
         padded = (blocks + 7) / 8 * 8;
-        size_t bytes = size_t(TILE * (2 * cols + padded * sizeof(Scale) + groups * sizeof(f32x8) + PAIR * padded * 4)) + 64;
+        size_t bytes = size_t(TILE * (2 * cols + padded * sizeof(Scale) + groups * sizeof(f32x8) + TOGETHER * padded * 4)) + 64;
         if (memory.size() < bytes) memory.resize(bytes);
         char* start = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
         lows = reinterpret_cast<f32x8*>(start);
         scales = reinterpret_cast<Scale*>(lows + TILE * groups);
         factors = reinterpret_cast<float*>(scales + TILE * padded);
-        w = reinterpret_cast<int8_t*>(factors + TILE * PAIR * padded);
+        w = reinterpret_cast<int8_t*>(factors + TILE * TOGETHER * padded);
         sizes = reinterpret_cast<uint8_t*>(w + TILE * cols);
     }
 
@@ -163,13 +171,19 @@ private:
     template <int TOKENS, int ROWS>
     DSV4_INLINE void add(const Bytes (&a)[TOKENS], int first, int64_t k, f32x8 (&sums)[TOKENS][ROWS]) const {
         i8x32 block[TOKENS];
-        for (int t = 0; t < TOKENS; ++t) block[t] = load<i8x32>(a[t].q + 32 * k);
+        i32x8 above[TOKENS] = {};
+        for (int t = 0; t < TOKENS; ++t) {
+            block[t] = load<i8x32>(a[t].q + 32 * k);
+            if constexpr (ANY_BYTES) above[t] = -dot_unsigned(u8x32{} + uint8_t(128), block[t]);
+        }
         for (int r = 0; r < ROWS; ++r) {
             int row = first + r;
-            i8x32 v = load<i8x32>(w + row * cols + 32 * k);
+            i8x32 v = {};
+            if constexpr (!ANY_BYTES) v = load<i8x32>(w + row * cols + 32 * k);
             u8x32 size = load<u8x32>(sizes + row * cols + 32 * k);
             for (int t = 0; t < TOKENS; ++t) {
-                f32x8 products = to_float(dot(size, v, block[t]));
+                i32x8 whole = ANY_BYTES ? dot_unsigned(size, block[t], above[t]) : dot(size, v, block[t]);
+                f32x8 products = to_float(whole);
                 if constexpr (F::HALVES)
                     sums[t][r] = fma(products, scales[row * padded + k] * splat(a[t].d[k]), sums[t][r]);
                 else
@@ -184,7 +198,6 @@ private:
         return sum(total);
     }
 
-    static constexpr int PAIR = 2;
     static thread_local std::vector<char> memory;
     int64_t cols, blocks, groups, padded;
     int8_t* w;
@@ -236,6 +249,8 @@ void multiply_bytes(const Weight& weight, int64_t begin, int64_t end, const Acti
         int rows = int(std::min<int64_t>(TILE, end - row));
         tile.unpack(weight, row, rows);
         int64_t i = 0;
+        for (; i + TOGETHER <= picked.count; i += TOGETHER)
+            meet<F, TOGETHER>(tile, rows, x, picked, i, y + row - begin, y_stride);
         for (; i + 1 < picked.count; i += 2) meet<F, 2>(tile, rows, x, picked, i, y + row - begin, y_stride);
         if (i < picked.count) meet<F, 1>(tile, rows, x, picked, i, y + row - begin, y_stride);
     }

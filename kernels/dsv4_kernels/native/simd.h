@@ -214,7 +214,18 @@ DSV4_INLINE f32x8 exp(f32x8 x) {
 
 constexpr uint64_t SPREAD = 0x0101010101010101u;  // times a byte: eight of it
 
-// Products summed in fours: to lane i of `onto` comes w[4i..4i+3] . a[4i..4i+3]. No w is above 127, no a is -128.
+#if DSV4_VNNI
+constexpr bool ANY_BYTES = true;  // dot_unsigned takes every w
+#else
+constexpr bool ANY_BYTES = false;
+#endif
+#if (defined(__AVX512VL__) && DSV4_AVX2) || DSV4_NEON
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
+#endif
+
+// Products summed in fours: to lane i of `onto` comes w[4i..4i+3] . a[4i..4i+3]. No w is above 127 unless ANY_BYTES, no a is -128.
 DSV4_INLINE i32x8 dot_unsigned(u8x32 w, i8x32 a, i32x8 onto = i32x8{}) {
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && DSV4_AVX2
     return i32x8(_mm256_dpbusd_epi32(__m256i(onto), __m256i(w), __m256i(a)));
