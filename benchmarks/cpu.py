@@ -2,9 +2,11 @@
 
     python benchmarks/cpu.py MODEL.gguf ... [--threads 2] [--prompt 512] [--gen 64] [--depth 0] [--rounds 3] [--out FILE.csv]
 
-Both run in processes of their own, one after the other, round by round, so that a slow minute of the machine meets both.
-dsv4 is measured by `dsv4 bench`; llama.cpp through the xllamacpp wheel, by the timings of its own server. The GGUF needs a
-tokenizer (llama.cpp's server stops without one); tokens are random numbers. Medians over the rounds.
+Both run in processes of their own, one after the other, round by round, and the first of one round is the second of the next. A
+machine that others use too gets faster and slower by half within minutes, so what is compared was measured side by side: ratios
+and the fraction of the bound are medians of those of the rounds, not ratios of medians. dsv4 is measured by `dsv4 bench`;
+llama.cpp through the xllamacpp wheel, by the timings of its own server. The GGUF needs a tokenizer (llama.cpp's server stops
+without one); tokens are random numbers. Rates are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -78,21 +80,23 @@ def rival(options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace, model: str, depth: int) -> dict[str, Any]:
     mine, other = [], []
-    for _ in range(options.rounds):
-        mine.append(ours(options, model, depth))
-        other.append(theirs(options, model, depth))
+    for number in range(options.rounds):
+        for side, measure in ((mine, ours), (other, theirs))[::-1 if number % 2 else 1]:
+            side.append(measure(options, model, depth))
 
     def middle(rows: list[Any], name: str) -> float:
         return float(median(row[name] for row in rows))
 
-    decode, bound = middle(mine, "decode_tok_s"), middle(mine, "bound_tok_s")
+    def ratio(name: str) -> float:
+        return float(median(a[name] / b[name] for a, b in zip(mine, other, strict=True)))
+
     row = {"file": Path(model).stem, "depth": depth, "prompt": options.prompt, "gen": options.gen,
            "threads": options.threads, "dsv4_prompt": middle(mine, "prompt_tok_s"),
-           "rival_prompt": middle(other, "prompt_tok_s"), "dsv4_decode": decode,
-           "rival_decode": middle(other, "decode_tok_s"), "bytes_per_token": mine[0]["bytes_per_token"],
-           "bandwidth_gb_s": middle(mine, "bandwidth_gb_s"), "bound": bound, "fraction": decode / bound}
-    row["prompt_ratio"] = row["dsv4_prompt"] / row["rival_prompt"]
-    row["decode_ratio"] = row["dsv4_decode"] / row["rival_decode"]
+           "rival_prompt": middle(other, "prompt_tok_s"), "prompt_ratio": ratio("prompt_tok_s"),
+           "dsv4_decode": middle(mine, "decode_tok_s"), "rival_decode": middle(other, "decode_tok_s"),
+           "decode_ratio": ratio("decode_tok_s"), "bytes_per_token": mine[0]["bytes_per_token"],
+           "bandwidth_gb_s": middle(mine, "bandwidth_gb_s"), "bound": middle(mine, "bound_tok_s"),
+           "fraction": float(median(row["decode_tok_s"] / row["bound_tok_s"] for row in mine))}
     return {**row, **machine()}
 
 

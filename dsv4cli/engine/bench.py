@@ -23,6 +23,8 @@ from dsv4cli.model.weights import leaves
 from dsv4cli.registry import catalog
 
 WARM_UP = 4  # tokens before the first measurement: pages are mapped, buffers made
+STRETCH = 4  # tokens that are decoded between two looks at the bandwidth
+BUFFER, LOOK = 1 << 29, 1 << 28  # bytes of memory that a look reads in, and that it reads: some ten milliseconds
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,11 @@ class Plan:
 @dataclass(frozen=True)
 class Row:
     """Rates at one depth: medians in tokens per second, None where nothing was asked for. Bytes are those a single token
-    reads, bandwidth (10^9 bytes a second) is measured before and after the tokens, the bound is one over the other."""
+    reads, bandwidth (10^9 bytes a second) is measured between the tokens, the bound is one over the other.
+
+    Where others use the memory too, its bandwidth wavers by half within minutes, and a bound of another moment says little. So
+    tokens are decoded in short stretches, with a look at the bandwidth before and after each, which no rate counts.
+    """
 
     prompt_tokens: int
     gen_tokens: int
@@ -94,21 +100,25 @@ def _row(model: Model, plan: Plan, depth: int) -> Row:
     start, later = state.snapshot(), ids[depth:]
     _decode(model, state, start, later[:WARM_UP])
     prompts = [_prompt(model, state, start, later[:plan.prompt]) for _ in range(plan.repeat if plan.prompt else 0)]
-    speeds, decodes = _bandwidth(model), []
+    look, decodes, speeds = _looker(model), [], []
     for _ in range(plan.repeat if plan.gen else 0):
-        decodes.append(_decode(model, state, start, later[:plan.gen]))
-        speeds += _bandwidth(model)
-    bandwidth = statistics.median(speeds) if speeds else None
+        seconds, speed = _decode(model, state, start, later[:plan.gen], look)
+        decodes.append(seconds)
+        speeds.append(speed)
+    bandwidth = statistics.median(speeds) if any(speeds) else None
     nbytes = bytes_per_token(model, depth)
     return Row(plan.prompt, plan.gen, depth, plan.prompt / statistics.median(prompts) if prompts else None,
                plan.gen / statistics.median(decodes) if decodes else None, nbytes,
                bandwidth / 1e9 if bandwidth else None, bandwidth / nbytes if bandwidth else None)
 
 
-def _bandwidth(model: Model) -> list[float]:
-    """Of reading memory, now: where others use it too, it changes by the minute. Nothing without kernels to read with, and of a
+def _looker(model: Model) -> Callable[[], float]:
+    """What measures the bandwidth of reading memory at the moment it is called. It finds 0 without kernels to read with, and of a
     card's memory nothing is known here."""
-    return [backends.read_bandwidth()] if model.device.type == "cpu" and backends.cpu_trouble() is None else []
+    if model.device.type != "cpu" or backends.cpu_trouble() is not None:
+        return float
+    reader = backends.reader(BUFFER)
+    return lambda: reader.rate(LOOK)
 
 
 def _prompt(model: Model, state: State, start: Snapshot, ids: Tensor) -> float:
@@ -118,13 +128,21 @@ def _prompt(model: Model, state: State, start: Snapshot, ids: Tensor) -> float:
     return time.perf_counter() - began
 
 
-def _decode(model: Model, state: State, start: Snapshot, ids: Tensor) -> float:
-    """Seconds for one token after the other; as in a chat, each waits for the logits of the one before."""
+def _decode(model: Model, state: State, start: Snapshot, ids: Tensor,
+            look: Callable[[], float] = float) -> tuple[float, float]:
+    """Seconds for one token after the other, as in a chat, where each waits for the logits of the one before; and the bandwidth
+    at which reading alone would have taken as long as at those seen around each stretch."""
     state.restore(start)
-    began = time.perf_counter()
-    for token in ids.split(1):
-        model.forward(token, state).cpu()
-    return time.perf_counter() - began
+    seconds, reading, before = 0.0, 0.0, look()
+    for stretch in ids.split(STRETCH):
+        began = time.perf_counter()
+        for token in stretch.split(1):
+            model.forward(token, state).cpu()
+        seconds += time.perf_counter() - began
+        after = look()
+        reading += 2 * len(stretch) / (before + after) if before else 0.0
+        before = after
+    return seconds, len(ids) / reading if reading else 0.0
 
 
 def bytes_per_token(model: Model, depth: int) -> int:

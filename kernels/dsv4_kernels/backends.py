@@ -142,6 +142,11 @@ def read_bandwidth() -> float:
     return library.read_bandwidth()
 
 
+def reader(nbytes: int) -> library.Reader:
+    """Reads memory piece by piece, between other things. Raises what `cpu_trouble` returns."""
+    return library.Reader(nbytes)
+
+
 def use_threads(count: int | None) -> int:
     """Lets the CPU kernels use `count` threads, or one per physical core for None; returns how many."""
     return library.set_threads(count)

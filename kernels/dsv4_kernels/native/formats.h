@@ -106,6 +106,8 @@ struct Q4_KFormat {
     static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
         const uint8_t* b = row.data;
         for (int64_t s = 0; s < cols / 256; ++s, b += 144) {
+            fetch_ahead(b);
+            fetch_ahead(b + 72);
             SixBits six(b + 4);
             f32x8 scales = sink.scaled(8 * s, bytes_to_floats(six.scales) * splat(half_at(b)));
             sink.low(s, bytes_to_floats(six.lows) * splat(half_at(b + 2)));

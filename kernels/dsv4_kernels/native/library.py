@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import statistics
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from dsv4_kernels.native.build import VARIANTS, BuildError, built_path, find_com
 from dsv4_quant.formats import grids
 
 P, I, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float  # of the signatures: pointers, sizes, numbers
+LARGE_PAGE = 1 << 21
 
 _library: ctypes.CDLL | None = None  # what the doors compute with
 _opened: list[ctypes.CDLL] = []
@@ -142,12 +145,34 @@ def asks_ahead() -> bool:
     return _asks
 
 
+class Reader:
+    """Reads a buffer of its own with all threads together, as fast as they can: in large pages where the system has them, since
+    every page's address has to be found too."""
+
+    def __init__(self, nbytes: int) -> None:
+        """nbytes: of the buffer, which should be larger than the outer cache by far."""
+        rounded = -(-nbytes // LARGE_PAGE) * LARGE_PAGE
+        self._memory = mmap.mmap(-1, rounded)  # which begins at a large page where there are such
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(OSError):  # a system without them
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = torch.frombuffer(self._memory, dtype=torch.uint8).fill_(1)
+        self._at, self._total = 0, ctypes.c_int64()
+
+    def rate(self, nbytes: int | None = None) -> float:
+        """Bytes per second of reading the next `nbytes` of the buffer, which is gone through round and round, or all of it.
+        Raises BuildError."""
+        size = len(self._bytes) if nbytes is None else nbytes // 64 * 64
+        if self._at + size > len(self._bytes):
+            self._at = 0
+        part = self._bytes[self._at:self._at + size]
+        self._at += size
+        began = time.perf_counter()
+        load().dsv4_read(part.data_ptr(), len(part), ctypes.byref(self._total))
+        return len(part) / (time.perf_counter() - began)
+
+
 def read_bandwidth(nbytes: int = 1 << 30, tries: int = 5) -> float:
     """Bytes per second that all threads together read from memory: the median of some tries over a buffer of `nbytes`."""
-    buffer, total = torch.ones(nbytes // 64 * 64, dtype=torch.uint8), ctypes.c_int64()
-    seconds = []
-    for _ in range(tries):
-        began = time.perf_counter()
-        load().dsv4_read(buffer.data_ptr(), len(buffer), ctypes.byref(total))
-        seconds.append(time.perf_counter() - began)
-    return len(buffer) / statistics.median(seconds)
+    reader = Reader(nbytes)
+    return statistics.median(reader.rate() for _ in range(tries))
