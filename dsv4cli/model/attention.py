@@ -8,7 +8,6 @@ from dsv4_kernels.attention import Entries, sparse_attention
 from dsv4_kernels.cache import keep_keys
 from dsv4_kernels.indexer import top_indices
 from dsv4_kernels.linear import Norm, grouped_linear, linears
-from dsv4_kernels.norm_rope import norm_rotate, rotate
 from dsv4_kernels.residual import Joined, Residual, project_into_streams
 from dsv4_quant.config import ModelConfig
 from dsv4cli.model.compressor import Compressor
@@ -47,14 +46,14 @@ class Attention:
         latent, kv, *compressed = linears(x, self.of_x)
         choosing = [self.indexer.weights.wq_b] if self.indexer is not None and self.indexer.chooses(step.start + len(x)) else []
         q, *index_q = linears(latent, [w.wq_b, *choosing], self.norm_q)
-        q = norm_rotate(q.unflatten(-1, (c.num_attention_heads, c.head_dim)), None, c.rms_norm_eps, turns)
+        q = q.unflatten(-1, (c.num_attention_heads, c.head_dim))
 
         keys, row = state.ring.place(step)
         keep_keys(kv, w.kv_norm, c.rms_norm_eps, turns, self.numerics.kv, keys, row)
         recent = state.ring.push(keys, step)
         entries = self._entries(compressed, index_q, step, state)
         # A key carries its rotation into the value it also is; turning back leaves only the distance to the query.
-        out = sparse_attention(q, recent, entries, w.sink, c.sliding_window, turns, step.live)
+        out = sparse_attention(q, recent, entries, w.sink, c.sliding_window, turns, step.live, c.rms_norm_eps)
         out = grouped_linear(out.reshape(len(x), c.o_groups, -1), w.wo_a).flatten(1)
         return project_into_streams(out, w.wo_b, residual)
 
@@ -97,5 +96,5 @@ class Indexer:
         self.compressor(kv, scores, step, state.index)
         if not q:
             return None
-        queries = rotate(q[0].unflatten(-1, (self.heads, self.width)), step.compress_turns)
-        return top_indices(self.numerics.index_queries(queries), weights, state.index.store.seen(step), visible, self.topk)
+        queries = self.numerics.index_queries(q[0].unflatten(-1, (self.heads, self.width)), step.compress_turns)
+        return top_indices(queries, weights, state.index.store.seen(step), visible, self.topk)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels.cache import Rounding
+from dsv4_kernels.norm_rope import rotate
 from dsv4_kernels.rounding import round_index
 from dsv4cli.model.sizes import demand_numerics
 
@@ -28,9 +29,9 @@ class Numerics:
     kv: Rounding = "none"  # of K=V vectors on their way into the cache
     index: Rounding = "none"  # of index keys
 
-    def index_queries(self, x: Tensor) -> Tensor:
-        """What the indexer compares with its keys: queries [..., index_head_dim], rotated."""
-        return x
+    def index_queries(self, x: Tensor, turns: Tensor) -> Tensor:
+        """What the indexer compares with its keys: queries [t, heads, index_head_dim], turned by turns complex [t, pairs]."""
+        return rotate(x, turns)
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Official(Numerics):
     kv: Rounding = "kv"
     index: Rounding = "index"
 
-    def index_queries(self, x: Tensor) -> Tensor:
-        return round_index(x)
+    def index_queries(self, x: Tensor, turns: Tensor) -> Tensor:
+        return round_index(x, turns)
 
 
 NUMERICS = {each.name: each for each in (Numerics(), Official())}

@@ -36,9 +36,9 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, config: ModelConfig, numerics: Numerics, packed: bool) -> Rows:
-        dtype = torch.uint8 if packed else numerics.cache
-        key, index = row_bytes(config, numerics.name, packed=packed)
-        return cls(key // dtype.itemsize, index // dtype.itemsize, dtype)
+        if packed:
+            return cls(*row_bytes(config, numerics.name, packed=True), torch.uint8)
+        return cls(config.head_dim, config.index_head_dim, numerics.cache)
 
 
 class Ring:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dsv4_kernels.attention import Entries, ref
 from dsv4_kernels.cache.packed import pack_kv
-from dsv4_kernels.norm_rope import frequencies, turns
+from dsv4_kernels.norm_rope import frequencies, norm_rotate, turns
 from dsv4_kernels.rounding import round_kv
 from tests.kernels.interpreter import QUIET, of
 from tests.support.tolerance import assert_close
@@ -137,3 +137,16 @@ def test_a_ring_is_read_as_far_as_it_is_filled(random: torch.Generator) -> None:
         expected = ref.sparse_attention(q.double(), ring[:position + 1].double(), None, sink.double(), WINDOW)
         assert_close(gpu.sparse_attention(q, partly, None, sink, WINDOW, None, at), expected.float())
         assert_close(ref.sparse_attention(q, partly, None, sink, WINDOW, None, at), expected.float())
+
+
+@pytest.mark.parametrize("keys", [1, 40])  # in one part, and in several that are joined and turned back together
+def test_queries_are_normed_and_turned_where_they_are_used(keys: int, random: torch.Generator) -> None:
+    d, rotated, t = 96, 32, 2
+    q, recent, sink = drawn(t, 5, d, WINDOW - 1, random)
+    entries = some_entries(t, keys, d, None, random, torch.float32)
+    table = turns(torch.arange(40, 40 + t), frequencies(rotated, 10000))
+    wide = entries._replace(kv=entries.kv.double())
+    expected = ref.sparse_attention(norm_rotate(q.double(), None, 1e-6, table.to(torch.complex128)), recent.double(), wide,
+                                    sink.double(), WINDOW, table.to(torch.complex128))
+    for module in (gpu, ref):
+        assert_close(module.sparse_attention(q, recent, entries, sink, WINDOW, table, None, 1e-6), expected.float())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv4_kernels.norm_rope import frequencies, turns
 from dsv4_kernels.rounding import ref
 from tests.kernels.interpreter import QUIET, of
 from tests.support.tolerance import assert_close
@@ -113,3 +114,11 @@ def test_other_types_are_computed_by_the_reference(random: torch.Generator) -> N
     assert torch.equal(gpu.round_fp8(x, 64), ref.round_fp8(x, 64))
     assert torch.equal(gpu.round_kv(x, 64), ref.round_kv(x, 64))
     assert torch.equal(gpu.round_index(x), ref.round_index(x))
+
+
+@pytest.mark.parametrize("pairs", [16, 64])
+def test_index_queries_are_turned_in_the_same_launch(pairs: int, random: torch.Generator) -> None:
+    x, table = torch.randn(3, 5, 128, generator=random), turns(torch.arange(7, 10), frequencies(2 * pairs, 10000))
+    same = gpu.round_index(x, table) == ref.round_index(x, table)
+    assert same.float().mean() > 0.99  # sums in another order move a value over the edge between two codes now and then
+    assert same_bits(gpu.round_index(x, torch.ones_like(table)), gpu.round_index(x))

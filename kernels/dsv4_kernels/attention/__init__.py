@@ -24,7 +24,8 @@ class Entries(NamedTuple):
 
 
 def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int,
-                     turns: Tensor | None = None, at: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+                     turns: Tensor | None = None, at: Tensor | None = None, eps: float | None = None, *,
+                     backend: str | None = None) -> Tensor:
     """softmax(q . kv / sqrt(d)) . kv, where each kv vector is key and value of every head.
 
     q [t, heads, d]; recent [m + t, d]: the m tokens before the first query's and the queries' own, in order; query i
@@ -33,7 +34,8 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
     values in bf16 as `turns` turn. -> like q. Keys are scored in tiles of queries. With turns complex
     [t, pairs] the result is turned back by them: a key carries its rotation into the value that it also is. at: int64 [1], the
     position of the only query in the device's memory, from where a recorded launch reads it each time; `recent` is then a ring
-    of `window` rows, of which those of the last at + 1 tokens are filled.
+    of `window` rows, of which those of the last at + 1 tokens are filled. eps: q is as it was projected; first each head is
+    normed (norm_rope.rms_norm without a weight) and turned by `turns`.
     """
     t, heads, d = q.shape
     width = d if recent.dtype != uint8 else kv_bytes(d, 0 if turns is None else 2 * turns.shape[-1])
@@ -50,6 +52,8 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
         demand_shape("position", at, 1)
         demand_shape("q", q, 1, None, None)
         demand_shape("ring", recent, window, width)
+    if eps is not None and turns is None:
+        raise ValueError("queries that are to be normed need turns")
     if turns is not None:
         demand_shape("turns", turns, t, None)
-    return pick("attention", q.device.type, backend).module.sparse_attention(q, recent, entries, sink, window, turns, at)
+    return pick("attention", q.device.type, backend).module.sparse_attention(q, recent, entries, sink, window, turns, at, eps)

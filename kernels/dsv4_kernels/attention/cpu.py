@@ -9,17 +9,20 @@ from dsv4_kernels import alloc
 from dsv4_kernels.attention import Entries, ref
 from dsv4_kernels.native.library import I, P, load, signature
 from dsv4_kernels.native.queue import by_torch, dense
+from dsv4_kernels.norm_rope.cpu import norm_rotate
 
 signature("dsv4_sparse_attention", P, I, I, I, P, I, P, I, P, P, I, P, I, I, P, I, P)
 
 
 def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int,
-                     turns: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+                     turns: Tensor | None = None, at: Tensor | None = None, eps: float | None = None) -> Tensor:
     if entries is not None and not len(entries.kv):
         entries = None
     if at is not None or not q.dtype == sink.dtype == float32 or recent.dtype not in (float32, bfloat16) or (
             not _fit(entries, recent)) or (turns is not None and (turns.dtype != complex64 or turns.is_conj())):
-        return by_torch(ref.sparse_attention, q, recent, entries, sink, window, turns, at)
+        return by_torch(ref.sparse_attention, q, recent, entries, sink, window, turns, at, eps)
+    if eps is not None and turns is not None:
+        q = norm_rotate(q, None, eps, turns)
     t, heads, d = q.shape
     q, recent, sink = dense(q), dense(recent), dense(sink)
     out = alloc.empty_like(q)

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor, float32, int64, uint8
+from torch import Tensor, complex64, float32, int64, uint8
 
 from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
 from dsv4_kernels.attention import Entries, ref
 from dsv4_kernels.cache.gpu import form, kept_keys
 from dsv4_kernels.gpu import CACHED, DOT, Block, Pointer, dense, multiplied, padded, warps
-from dsv4_kernels.norm_rope.gpu import rotate
+from dsv4_kernels.norm_rope.gpu import real, rotate, turned_with
 from dsv4_kernels.tuned import Sizes, default, options, tuned
 
 HEADS = 16  # of a program: what a tensor core takes
@@ -33,12 +33,13 @@ class Plan(NamedTuple):
 
 
 def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int,
-                     turns: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+                     turns: Tensor | None = None, at: Tensor | None = None, eps: float | None = None) -> Tensor:
     if entries is not None and not len(entries.kv):
         entries = None
     readable = recent.dtype in (*CACHED, uint8) and _fit(entries, recent)
-    if not q.dtype == sink.dtype == float32 or not readable or not q.numel():
-        return ref.sparse_attention(q, recent, entries, sink, window, turns, at)
+    if not q.dtype == sink.dtype == float32 or not readable or not q.numel() or (
+            turns is not None and (turns.dtype != complex64 or q.shape[-1] % 2)):
+        return ref.sparse_attention(q, recent, entries, sink, window, turns, at, eps)
     (t, heads, d), q, recent, sink = q.shape, dense(q), dense(recent), dense(sink)
     kv, visible, chosen, n, k = recent, q, q, 0, 0  # whatever is not there is not read
     if entries is not None:
@@ -47,18 +48,21 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
             chosen, k = dense(entries.chosen), entries.chosen.shape[1]
     sizes = tuned("attention.attend", q.device)
     out, plan = alloc.empty_like(q), _plan(t, heads, min(window, len(recent)), k or n, recent.dtype == float32, sizes)
-    parts, stats, still = out, out, d if turns is None else d - 2 * turns.shape[1]
+    parts, stats, angles, still = out, out, q, d
+    if turns is not None:
+        angles, still = real(turns), d - 2 * turns.shape[1]
     if plan.splits > 1:
         parts = alloc.empty((t, plan.splits, heads, d), float32, q.device)
         stats = alloc.empty((t, plan.splits, heads, 2), float32, q.device)
     _attend[(t, triton.cdiv(heads, HEADS), plan.splits)](
-        q, recent, kv, visible, chosen, sink, q if at is None else at, parts, stats, len(recent) - t, heads, d, still, n, k,
-        window, d**-0.5, CHOOSING=k > 0, SPLIT=plan.splits > 1, LIVE=at is not None, HEADS=HEADS, KEYS=plan.keys, D=padded(d, 16),
-        FORM=form(recent), DOT=DOT, **options({**sizes, "warps": min(4, sizes["warps"])} if d <= 128 else sizes))
+        q, recent, kv, visible, chosen, sink, q if at is None else at, angles, parts, stats, len(recent) - t, heads, d, still, n,
+        k, window, d**-0.5, eps or 0.0, CHOOSING=k > 0, SPLIT=plan.splits > 1, LIVE=at is not None, NORMED=eps is not None,
+        HEADS=HEADS, KEYS=plan.keys, D=padded(d, 16), FORM=form(recent), DOT=DOT,
+        **options({**sizes, "warps": min(4, sizes["warps"])} if d <= 128 else sizes))
     if plan.splits > 1:
-        _join[(t, heads)](parts, stats, out, plan.splits, heads, d, SPLITS=padded(plan.splits), D=padded(d),
-                          num_warps=warps(padded(plan.splits) * d))
-    return out if turns is None else rotate(out, turns, True)
+        _join[(t, heads)](parts, stats, angles, out, plan.splits, heads, d, still, TURNED=turns is not None,
+                          SPLITS=padded(plan.splits), D=padded(d), num_warps=warps(padded(plan.splits) * d))
+    return rotate(out, turns, True) if turns is not None and plan.splits == 1 else out
 
 
 def _fit(entries: Entries | None, recent: Tensor) -> bool:
@@ -88,19 +92,25 @@ def _absorb(q: Block, keys: Block, seen: Block, most: Block, total: Block, out: 
 
 @triton.jit(do_not_specialize=["before", "n", "k", "window"])
 def _attend(q: Pointer, recent: Pointer, kv: Pointer, visible: Pointer, chosen: Pointer, sink: Pointer, at: Pointer,
-            parts: Pointer, stats: Pointer, before: int, heads: int, d: int, still: int, n: int, k: int, window: int,
-            scale: float,
-            CHOOSING: tl.constexpr, SPLIT: tl.constexpr, LIVE: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
-            D: tl.constexpr, FORM: tl.constexpr, DOT: tl.constexpr) -> None:
+            angles: Pointer, parts: Pointer, stats: Pointer, before: int, heads: int, d: int, still: int, n: int, k: int,
+            window: int, scale: float, eps: float, CHOOSING: tl.constexpr, SPLIT: tl.constexpr, LIVE: tl.constexpr,
+            NORMED: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr,
+            DOT: tl.constexpr) -> None:
     """parts [t, splits, heads, d] and stats [t, splits, heads, 2]; unless SPLIT, parts is the output itself.
-    LIVE: the only token's position is read from `at`, and `recent` is a ring of `window` rows."""
+    LIVE: the only token's position is read from `at`, and `recent` is a ring of `window` rows. NORMED: queries
+    are as they were projected."""
     if LIVE:
         before = tl.minimum(tl.load(at), window - 1).to(tl.int32)
     token, split, splits = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     head, channel, lane = tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, D), tl.arange(0, KEYS)
     inside = (head < heads)[:, None] & (channel < d)[None, :]
     row = token.to(tl.int64) * heads + head
-    query = tl.load(q + row[:, None] * d + channel[None, :], inside, 0.0) * scale
+    query = tl.load(q + row[:, None] * d + channel[None, :], inside, 0.0)
+    if NORMED:
+        factor = tl.rsqrt(tl.sum(query * query, 1)[:, None] / d + eps)
+        other = tl.load(q + row[:, None] * d + (channel ^ 1)[None, :], inside & (channel >= still)[None, :], 0.0)
+        query = turned_with(query * factor, other * factor, angles + token.to(tl.int64) * (d - still), channel, d, still, False)
+    query *= scale
 
     first = tl.maximum(before + token - window + 1, 0)
     near, far, sees = before + token + 1 - first, 0, 0
@@ -139,9 +149,9 @@ def _attend(q: Pointer, recent: Pointer, kv: Pointer, visible: Pointer, chosen: 
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _join(parts: Pointer, stats: Pointer, out: Pointer, splits: int, heads: int, d: int, SPLITS: tl.constexpr,
-          D: tl.constexpr) -> None:
-    """A program owns a head of a token: its parts, each weighed by how great its scores were."""
+def _join(parts: Pointer, stats: Pointer, angles: Pointer, out: Pointer, splits: int, heads: int, d: int, still: int,
+          TURNED: tl.constexpr, SPLITS: tl.constexpr, D: tl.constexpr) -> None:
+    """A program owns a head of a token: its parts, each weighed by how great its scores were. TURNED: back from its place."""
     token, head, channel, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, D), tl.arange(0, SPLITS)
     row = (token * splits + split) * heads + head
     most = tl.load(stats + row * 2, split < splits, -1e30)
@@ -149,15 +159,21 @@ def _join(parts: Pointer, stats: Pointer, out: Pointer, splits: int, heads: int,
     total = tl.sum(tl.load(stats + row * 2 + 1, split < splits, 0.0) * share, 0)
     inside = (split < splits)[:, None] & (channel < d)[None, :]
     values = tl.load(parts + row[:, None] * d + channel[None, :], inside, 0.0)
-    tl.store(out + (token * heads + head) * d + channel, tl.sum(values * share[:, None], 0) / total, channel < d)
+    value = tl.sum(values * share[:, None], 0) / total
+    if TURNED:
+        inside &= (channel >= still)[None, :]
+        others = tl.load(parts + row[:, None] * d + (channel ^ 1)[None, :], inside, 0.0)
+        other = tl.sum(others * share[:, None], 0) / total
+        value = turned_with(value, other, angles + token * (d - still), channel, d, still, True)
+    tl.store(out + (token * heads + head) * d + channel, value, channel < d)
 
 
 AHEAD = (
-    Case(_attend, "*fp32 *u8 *u8 *i64 *i64 *fp32 *i64 *fp32 *fp32 i32 i32:16 i32:16 i32:16 i32 i32 i32 fp32",
-         {"CHOOSING": True, "SPLIT": True, "LIVE": True, "HEADS": HEADS, "KEYS": default("attention.attend")["keys"], "D": 512,
-          "FORM": 2, "DOT": DOT}, warps=8, stages=1),
-    Case(_attend, "*fp32 *fp32 *fp32 *i64 *i64 *fp32 *i64 *fp32 *fp32 i32 i32:16 i32:16 i32:16 i32 i32 i32 fp32",
-         {"CHOOSING": False, "SPLIT": False, "LIVE": False, "HEADS": HEADS, "KEYS": WIDE_KEYS, "D": 512, "FORM": 0,
-          "DOT": DOT}, warps=8, stages=1),
-    Case(_join, "*fp32 *fp32 *fp32 i32 i32:16 i32:16", {"SPLITS": 32, "D": 512}, warps=8),
+    Case(_attend, "*fp32 *u8 *u8 *i64 *i64 *fp32 *i64 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32:16 i32 i32 i32 fp32 fp32",
+         {"CHOOSING": True, "SPLIT": True, "LIVE": True, "NORMED": True, "HEADS": HEADS,
+          "KEYS": default("attention.attend")["keys"], "D": 512, "FORM": 2, "DOT": DOT}, warps=8, stages=1),
+    Case(_attend, "*fp32 *fp32 *fp32 *i64 *i64 *fp32 *i64 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32:16 i32 i32 i32 fp32 fp32",
+         {"CHOOSING": False, "SPLIT": False, "LIVE": False, "NORMED": True, "HEADS": HEADS, "KEYS": WIDE_KEYS, "D": 512,
+          "FORM": 0, "DOT": DOT}, warps=8, stages=1),
+    Case(_join, "*fp32 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32:16", {"TURNED": True, "SPLITS": 32, "D": 512}, warps=8),
 )

@@ -8,15 +8,17 @@ from torch import Tensor, uint8
 from dsv4_kernels import alloc
 from dsv4_kernels.attention import Entries
 from dsv4_kernels.cache.packed import unpack_kv
-from dsv4_kernels.norm_rope.ref import rotate
+from dsv4_kernels.norm_rope.ref import norm_rotate, rotate
 from dsv4_kernels.tiles import tiles
 
 NEVER = float("-inf")
 
 
 def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int,
-                     turns: Tensor | None = None, at: Tensor | None = None) -> Tensor:
+                     turns: Tensor | None = None, at: Tensor | None = None, eps: float | None = None) -> Tensor:
     t, heads, d = q.shape
+    if eps is not None and turns is not None:
+        q = norm_rotate(q, None, eps, turns)
     if at is not None:
         recent = recent[:min(int(at) + 1, window)]
     if recent.dtype == uint8:

@@ -74,6 +74,19 @@ def turn(even: Block, odd: Block, angles: Pointer, INVERSE: tl.constexpr, inside
 
 
 @triton.jit
+def turned_with(x: Block, other: Block, angles: Pointer, channel: Block, d: int, still: int, INVERSE: tl.constexpr) -> Block:
+    """x [.., D], whose channels from `still` on are turned as adjacent pairs, or back; other: the same of channel ^ 1, so that no
+    value has to change places. angles: of the token's pairs, cosine and sine."""
+    turning = (channel >= still) & (channel < d)
+    place = (channel - still) // 2 * 2
+    cosine, sine = tl.load(angles + place, turning, 1.0), tl.load(angles + place + 1, turning, 0.0)
+    sine = tl.where(((channel & 1) == 1) != INVERSE, sine, -sine)
+    if len(x.shape) == 2:
+        cosine, sine, turning = cosine[None, :], sine[None, :], turning[None, :]
+    return tl.where(turning, x * cosine + other * sine, x)
+
+
+@triton.jit
 def _norm(x: Pointer, weight: Pointer, out: Pointer, count: int, d: int, eps: float, WEIGHTED: tl.constexpr,
           ROWS: tl.constexpr, WIDTH: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from dsv4_kernels.backends import pick
-from dsv4_kernels.checks import demand_multiple
+from dsv4_kernels.checks import demand_multiple, demand_shape
 
 
 class Code(NamedTuple):
@@ -61,11 +61,14 @@ def round_kv(x: Tensor, rotated: int, *, backend: str | None = None) -> Tensor:
     return pick("rounding", x.device.type, backend).module.round_kv(x, rotated)
 
 
-def round_index(x: Tensor, *, backend: str | None = None) -> Tensor:
-    """What official numerics keep of index keys and queries: the Hadamard turn, then round_fp4."""
+def round_index(x: Tensor, turns: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """What official numerics keep of index keys and queries: the Hadamard turn, then round_fp4. With turns complex [t, pairs] the
+    last 2 * pairs values of x [t, ..., d] are turned by them first (norm_rope.rotate)."""
     demand_multiple("last axis", x.shape[-1], INDEX_BLOCK)
     _demand_power_of_two(x.shape[-1])
-    return pick("rounding", x.device.type, backend).module.round_index(x)
+    if turns is not None:
+        demand_shape("turns", turns, x.shape[0], None)
+    return pick("rounding", x.device.type, backend).module.round_index(x, turns)
 
 
 def _demand_power_of_two(size: int) -> None:

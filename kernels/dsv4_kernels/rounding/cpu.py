@@ -10,6 +10,7 @@ from torch import Tensor, float32
 from dsv4_kernels import alloc
 from dsv4_kernels.native.library import I, P, load, signature
 from dsv4_kernels.native.queue import by_torch, dense
+from dsv4_kernels.norm_rope.cpu import rotate
 from dsv4_kernels.rounding import INDEX_BLOCK, KV_BLOCK, ref
 
 signature("dsv4_round_fp8", P, I, I, P)
@@ -52,7 +53,9 @@ def hadamard(x: Tensor) -> Tensor:
     return by_torch(ref.hadamard, x) if x.dtype != float32 else _turned(x, 0)
 
 
-def round_index(x: Tensor) -> Tensor:
+def round_index(x: Tensor, turns: Tensor | None = None) -> Tensor:
+    if turns is not None:
+        x = rotate(x, turns, False)
     return by_torch(ref.round_index, x) if x.dtype != float32 else _turned(x, INDEX_BLOCK)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor, float32
+from torch import Tensor, complex64, float32
 
 from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
 from dsv4_kernels.gpu import Block, Pointer, dense, padded, to_bf16, warps
+from dsv4_kernels.norm_rope.gpu import real
 from dsv4_kernels.rounding import FP4, FP8, INDEX_BLOCK, KV_BLOCK, ref
 
 TILE = 4096  # values of a program
@@ -51,8 +52,10 @@ def hadamard(x: Tensor) -> Tensor:
     return _turned(x, False) if x.dtype == float32 else ref.hadamard(x)
 
 
-def round_index(x: Tensor) -> Tensor:
-    return _turned(x, True) if x.dtype == float32 else ref.round_index(x)
+def round_index(x: Tensor, turns: Tensor | None = None) -> Tensor:
+    if x.dtype != float32 or (turns is not None and turns.dtype != complex64):
+        return ref.round_index(x, turns)
+    return _turned(x, True, turns)
 
 
 def _rounded(x: Tensor, block: int, fp8: bool) -> Tensor:
@@ -64,14 +67,16 @@ def _rounded(x: Tensor, block: int, fp8: bool) -> Tensor:
     return out
 
 
-def _turned(x: Tensor, rounded: bool) -> Tensor:
+def _turned(x: Tensor, rounded: bool, turns: Tensor | None = None) -> Tensor:
     x = dense(x)
     out, width = alloc.empty_like(x), x.shape[-1]
     count = x.numel() // width
     rows = min(padded(count), max(1, TILE // width))
     if count:
-        _turn[(triton.cdiv(count, rows),)](x, out, count, ROUND=rounded, ROWS=rows, WIDTH=width,
-                                           BITS=width.bit_length() - 1, num_warps=warps(rows * width))
+        angles, pairs = (x, 0) if turns is None else (real(turns), turns.shape[1])
+        _turn[(triton.cdiv(count, rows),)](x, angles, out, count, count // x.shape[0], pairs, ROTATE=turns is not None,
+                                           ROUND=rounded, ROWS=rows, WIDTH=width, BITS=width.bit_length() - 1,
+                                           num_warps=warps(rows * width))
     return out
 
 
@@ -197,11 +202,19 @@ def _round_kv(x: Pointer, out: Pointer, d: int, rotated: int, BLOCKS: tl.constex
 
 
 @triton.jit
-def _turn(x: Pointer, out: Pointer, count: int, ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-          BITS: tl.constexpr) -> None:
+def _turn(x: Pointer, angles: Pointer, out: Pointer, count: int, heads: int, pairs: int, ROTATE: tl.constexpr,
+          ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     place = tl.arange(0, WIDTH)[None, :]
-    values = turned(tl.load(x + row * WIDTH + place, row < count, 0.0), ROWS, WIDTH, BITS)
+    values = tl.load(x + row * WIDTH + place, row < count, 0.0)
+    if ROTATE:
+        still = WIDTH - 2 * pairs
+        turning = (row < count) & (place >= still)
+        other = tl.load(x + row * WIDTH + (place ^ 1), turning, 0.0)
+        angle = angles + (row // heads * pairs + (place - still) // 2) * 2
+        cosine, sine = tl.load(angle, turning, 1.0), tl.load(angle + 1, turning, 0.0)
+        values = tl.where(turning, values * cosine + other * tl.where((place & 1) == 1, sine, -sine), values)
+    values = turned(values, ROWS, WIDTH, BITS)
     if ROUND:
         values = tl.reshape(rounded_fp4(tl.reshape(values, (ROWS * WIDTH // INDEX, INDEX))), (ROWS, WIDTH))
     tl.store(out + row * WIDTH + place, values, row < count)
@@ -210,5 +223,6 @@ def _turn(x: Pointer, out: Pointer, count: int, ROUND: tl.constexpr, ROWS: tl.co
 AHEAD = (
     Case(_round_blocks, "*fp32 *fp32 i32 i32:16", {"FP8": True, "ROWS": 64, "WIDTH": 64}),
     Case(_round_kv, "*fp32 *fp32 i32:16 i32:16", {"BLOCKS": 8, "ROTATED": 64}, warps=1),
-    Case(_turn, "*fp32 *fp32 i32:16", {"ROUND": True, "ROWS": 32, "WIDTH": 128, "BITS": 7}, warps=8),
+    Case(_turn, "*fp32 *fp32 *fp32 i32:16 i32:16 i32:16", {"ROTATE": True, "ROUND": True,
+         "ROWS": 32, "WIDTH": 128, "BITS": 7}, warps=8),
 )

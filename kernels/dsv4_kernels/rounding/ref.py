@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from dsv4_kernels.norm_rope.ref import rotate
 from dsv4_kernels.rounding import FP4, FP8, INDEX_BLOCK, KV_BLOCK, Code
 
 EXPONENT = 0x7F800000  # the exponent field of a float32
@@ -45,8 +46,8 @@ def round_kv(x: Tensor, rotated: int) -> Tensor:
     return torch.cat([round_fp8(still, KV_BLOCK), turned.to(torch.bfloat16).to(x.dtype)], -1)
 
 
-def round_index(x: Tensor) -> Tensor:
-    return round_fp4(hadamard(x), INDEX_BLOCK)
+def round_index(x: Tensor, turns: Tensor | None = None) -> Tensor:
+    return round_fp4(hadamard(x if turns is None else rotate(x, turns, False)), INDEX_BLOCK)
 
 
 @lru_cache(maxsize=8)
