@@ -106,6 +106,7 @@ def trace(load: Load, skew: float, tokens: int, seed: int = 1) -> list[Token]:
 def recorded(model: str, count: int) -> tuple[list[Token], int]:
     """The experts that a model chose for `count` tokens of conversations, and how many a layer has to choose from."""
     from dsv4_kernels import backends
+    from dsv4_kernels.router import route
     from dsv4cli import Engine
     from dsv4cli.engine.sampling import Sampling
 
@@ -113,8 +114,9 @@ def recorded(model: str, count: int) -> tuple[list[Token], int]:
     session, layers, step = engine.session(), engine.config.num_hidden_layers, list[list[list[int]]]()
 
     def watch(door: str, given: tuple[Any, ...]) -> None:
-        if door == "routed_experts":
-            step.append(given[2].tolist())
+        if door == "experts_into_streams":  # what the router will choose there
+            x, ids, router, *_ = given
+            step.append(route(x, router, ids)[1].tolist())
         if len(step) == layers:  # a prompt's tokens come together
             tokens.extend(zip(*step, strict=True))
             step.clear()

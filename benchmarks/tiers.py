@@ -7,8 +7,10 @@ With --device cpu (the default) the card is the CPU's memory: the same code, but
 cost the same memory's time. First comes the model with everything in one place; on a card that is too small for that,
 --no-whole leaves it out. Tokens are random, so experts are chosen evenly, and a share of slots is about that share of hits. The
 bound of a split reads each byte once: dense weights and hits at the card's bandwidth while the CPU reads the others at its own;
-with the CPU as the card all of them one after the other. Both bandwidths are measured before and after each run. Exit code 1 if
-logits differ by more than --most. **Has not been run on a card yet.**
+with the CPU as the card all of them one after the other. Both bandwidths are measured before and after each run. Official
+numerics round to few bits, where another order of sums now and then falls on the other side, and a random model's layers
+enlarge that: whether logits are the same is seen with --numerics plain, where exit code 1 says that they differ by more than
+--most. **Has not been run on a card yet.**
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ def main() -> int:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--most", type=float, default=1e-2, help="relative error of logits that is still the same")
+    parser.add_argument("--most", type=float, default=1e-4, help="relative error of logits that is still the same")
     parser.add_argument("--no-whole", action="store_true", help="the model does not fit into the card")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -138,7 +140,7 @@ def main() -> int:
               f"{row.decode_tok_s:.2f} | {row.bound_tok_s:.2f} | {row.of_bound:.2f} |", flush=True)
     if options.out:
         append(options.out, [field.name for field in fields(Row)], map(asdict, rows))
-    return int(any(row.error is not None and not row.error <= options.most for row in rows))
+    return int(options.numerics == "plain" and any(row.error is not None and not row.error <= options.most for row in rows))
 
 
 if __name__ == "__main__":

@@ -84,15 +84,20 @@ def card_trouble() -> str | None:
 
 
 def free_on_cards(limits: Sequence[int] = ()) -> list[int]:
-    """Bytes that each card has left for this process, torch's own unused ones among them, but at most its limit.
+    """Bytes that cards have left for this process, torch's own unused ones among them, but at most their limits: of the first
+    card, or of as many as there are limits.
 
-    Raises UsageError for a limit that is more than the card has, and for limits of several: a model runs on one.
+    Raises UsageError for more limits than cards, and for a limit that is more than its card has.
     """
-    if len(limits) > 1:
-        raise UsageError(f"--vram names {len(limits)} GPUs, but a model runs on one.", "Give one size.")
-    free, installed = torch.cuda.mem_get_info()
-    if limits and limits[0] > installed:
-        raise UsageError(f"--vram asks for {in_bytes(limits[0])}, but the GPU has {in_bytes(installed)}.",
-                         "Give less, or leave --vram out to use what is free.")
-    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return [min([free, *limits])]
+    if len(limits) > 1 and len(limits) > torch.cuda.device_count():
+        raise UsageError(f"--vram names {len(limits)} GPUs, but there are {torch.cuda.device_count()}.",
+                         "Give a size for each.")
+    left = []
+    for card in range(len(limits) or 1):
+        free, installed = torch.cuda.mem_get_info(card)
+        if limits and limits[card] > installed:
+            raise UsageError(f"--vram asks for {in_bytes(limits[card])}, but the GPU has {in_bytes(installed)}.",
+                             "Give less, or leave --vram out to use what is free.")
+        free += torch.cuda.memory_reserved(card) - torch.cuda.memory_allocated(card)
+        left.append(min([free, *limits[card:card + 1]]))
+    return left

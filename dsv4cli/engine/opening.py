@@ -40,8 +40,12 @@ def place_of(source: Source, name: str, ctx: int | None, numerics: str, device: 
         cards = free_on_cards(vram) if where == "cuda" else []
         program, free = resident_bytes(), available_memory()
         available = None if free is None else free + program  # what this process holds already is in the plan
-        return plan_model(source.header, name, ctx=ctx, numerics=numerics, available=available, cards=cards,
+        plan = plan_model(source.header, name, ctx=ctx, numerics=numerics, available=available, cards=cards,
                           program=program + LOADED_LATER, decodes=backends.cpu_trouble() is not None)
+        if not plan.expands and len(plan.cards) < len(cards):
+            raise CapacityError(f"Of the {len(cards)} GPUs that --vram names, {len(plan.cards)} have room for a layer of {name}.",
+                                "Leave the smaller ones out.")
+        return plan
 
     return settle(name, "cuda" if vram and device == "auto" else device, _formats(source), plan_for)
 
@@ -63,9 +67,10 @@ def read_ahead(source: Source, plan: MemoryPlan) -> None:
 def rooms_of(place: Place) -> tuple[Room, ...]:
     """Slots for routed experts on the cards; none where all weights lie in one place."""
     plan = place.plan
-    if plan.on_cards or plan.expands:
+    if plan.expands or (plan.on_cards and len(plan.cards) == 1):
         return ()
-    return tuple(Room(place.device, card.first, card.last, card.slots) for card in plan.cards)
+    names = [place.device] if len(plan.cards) == 1 else [f"{place.device}:{number}" for number in range(len(plan.cards))]
+    return tuple(Room(name, card.first, card.last, card.slots) for name, card in zip(names, plan.cards, strict=True))
 
 
 def _formats(source: Source) -> set[str]:

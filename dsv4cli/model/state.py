@@ -7,7 +7,7 @@ entry per full group; a layer with an indexer the same again for the index keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -180,9 +180,9 @@ class State:
     """The memory of one timeline of at most `max_tokens` tokens; `position` of them have been processed."""
 
     def __init__(self, config: ModelConfig, max_tokens: int, numerics: Numerics,
-                 device: torch.device | str = "cpu", *, packed: bool = False) -> None:
-        """packed: caches hold the bytes of dsv4_kernels.cache.packed, which lose nothing of official numerics and are what the
-        Triton kernels read fastest. Raises UsageError for other numerics."""
+                 device: torch.device | str | Sequence[torch.device] = "cpu", *, packed: bool = False) -> None:
+        """device: of all layers, or of each. packed: caches hold the bytes of dsv4_kernels.cache.packed, which lose nothing of
+        official numerics and are what the Triton kernels read fastest. Raises UsageError for other numerics."""
         if packed and numerics.name != "official":
             raise UsageError(f"Caches of {numerics.name} numerics cannot be packed without loss.", "Use the official ones.")
         self.config = config
@@ -193,8 +193,8 @@ class State:
         self.recording: Recording | None = None  # of this state's memory, where it lies now
         self.torn = False  # a forward pass was interrupted between two layers
         rows = Rows.of(config, numerics, packed)
-        self.layers = [LayerState.fresh(config, layer, rows, torch.device(device))
-                       for layer in range(config.num_hidden_layers)]
+        devices = [torch.device(device)] * config.num_hidden_layers if isinstance(device, str | torch.device) else device
+        self.layers = [LayerState.fresh(config, layer, rows, own) for layer, own in enumerate(devices)]
 
     @property
     def nbytes(self) -> int:

@@ -62,6 +62,10 @@ class Step:
         positions = torch.arange(start, start + len(ids), device=ids.device) if live is None else live
         return cls(ids, start, positions, turns(positions, rope.window), turns(positions, rope.compress), live, rope)
 
+    def to(self, device: torch.device, rope: Rope) -> Step:
+        """The same step for layers on another device, where `rope` lies too."""
+        return Step.at(self.ids.to(device), self.start, rope, None if self.live is None else self.live.to(device))
+
     def groups(self, ratio: int) -> Groups:
         """The groups of all layers that compress `ratio` tokens into one."""
         if ratio not in self._groups:

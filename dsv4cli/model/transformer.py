@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -47,10 +47,11 @@ class Model:
         self.files = files
         self.records = records and tiers is None
         self.device = weights.norm.device
-        self.rope = Rope.of(config).to(self.device)
+        self.devices = [layer.attn_norm.device for layer in weights.layers]
+        self.ropes = {device: Rope.of(config).to(device) for device in {*self.devices}}
         readers = [*(layer.hc_attn for layer in weights.layers[1:]), weights.hc_head]
         each: Sequence[Tiers | None] = tiers.layers if tiers else [None] * len(weights.layers)
-        self.blocks = [Block(layer, config, number, numerics, reader.fn, own)
+        self.blocks = [Block(layer, config, number, numerics, reader.fn.to(layer.attn_norm.device), own)
                        for number, (layer, reader, own) in enumerate(zip(weights.layers, readers, each, strict=True))]
 
     @classmethod
@@ -61,19 +62,20 @@ class Model:
 
         numerics: "plain" or "official". expand_limit: bytes of float32 weights up to which the model is decoded once.
         records: whether on a card the launches of decoded tokens are recorded and replayed; without, each is described anew.
-        rooms: where these are given, routed experts that are not expanded stay in the files, and as many as there are slots for
-        are copied there, beside all other weights. wanted: which experts, the dearest first.
+        rooms: where these are given, they have all layers between them; routed experts that are not expanded stay in the files,
+        and as many as there are slots for are copied there, beside the layers' other weights. wanted: which, the dearest first.
         Raises CorruptFile for a missing tensor, a wrong shape or a file that changes meanwhile, UsageError for unknown numerics.
         """
         chosen, files = numerics_named(numerics), MappedFiles(source)
-        device = rooms[0].device if rooms else device
-        weights = bind(source, expand_limit, exact=chosen.exact, device=device, tiers=bool(rooms))
+        devices = [room.device for room in rooms for _ in range(room.first, room.last)]
+        weights = bind(source, expand_limit, exact=chosen.exact, device=device, devices=devices)
         tiers = None
         if rooms and isinstance(weights.layers[0].moe.experts[0].w1, Packed):
             tiers = TieredExperts([layer.moe.experts for layer in weights.layers], rooms,
                                   source.config.num_experts_per_tok, wanted)
         files.demand_unchanged()
-        return cls(weights, source.config, chosen, files if tiers or device == "cpu" else None, records=records, tiers=tiers)
+        stay = tiers is not None or weights.norm.device.type == "cpu"
+        return cls(weights, source.config, chosen, files if stay else None, records=records, tiers=tiers)
 
     @property
     def weight_bytes(self) -> int:
@@ -82,7 +84,7 @@ class Model:
 
     def new_state(self, max_tokens: int) -> State:
         """An empty timeline with room for max_tokens tokens; on a card its caches are packed where that loses nothing."""
-        return State(self.config, max_tokens, self.numerics, self.device, packed=self.packs)
+        return State(self.config, max_tokens, self.numerics, self.devices, packed=self.packs)
 
     @property
     def packs(self) -> bool:
@@ -101,7 +103,7 @@ class Model:
         self._check(ids, state)
         state.reserve(state.position + len(ids))
         with torch.inference_mode(), self.tiers.computing() if self.tiers else nullcontext():
-            rows = list(self._rows(ids.to(self.device).split(PIECE), state, logits))
+            rows = list(self._rows(ids.to(self.devices[0]).split(PIECE), state, logits))
         if self.files is not None:
             self.files.demand_unchanged()
         # Joined outside of inference mode, so that the caller may write into its logits.
@@ -119,7 +121,8 @@ class Model:
                 rows = self._repeated(piece, state, wanted)
                 state.moved(state.position + 1)
             else:
-                step, streams = Step.at(piece, state.position, self.rope), self._embedded(piece)  # longer there than the queue
+                step = Step.at(piece, state.position, self.ropes[piece.device])
+                streams = self._embedded(piece)  # like the step, there longer than the queue
                 # All of a token's kernels are on their way before the first ones are done. Prompts keep them busy enough.
                 with backends.queued() if len(piece) == 1 and piece.device.type == "cpu" else nullcontext():
                     rows = self._computed(streams, step, state, wanted)
@@ -136,10 +139,10 @@ class Model:
         chooses = any(block.attention.indexer.chooses(position + 1) for block in self.blocks if block.attention.indexer)
 
         def compute(ids: Tensor, live: Tensor) -> Tensor:
-            return self._computed(self._embedded(ids), Step.at(ids, position, self.rope, live), state, wanted)
+            return self._computed(self._embedded(ids), Step.at(ids, position, self.ropes[ids.device], live), state, wanted)
 
         if state.recording is None:
-            state.recording = Recording(self.device, recorder(self.device) if self.records else None)
+            state.recording = Recording(self.devices[0], recorder(self.devices[0]) if self.records else None)
         return state.recording.run((full, chooses, wanted), ids, position, compute)
 
     def _embedded(self, ids: Tensor) -> Tensor:
@@ -149,9 +152,17 @@ class Model:
     def _computed(self, streams: Tensor, step: Step, state: State, wanted: int) -> Tensor:
         """Moves the state over a step; logits [wanted, vocab] of its last tokens, or what is left of the streams."""
         given = Joined(streams)
-        for block, layer in zip(self.blocks, state.layers, strict=True):
-            given = block(given, step, layer)
-        return self._head(given, wanted) if wanted else given.streams
+        for block, layer, device in zip(self.blocks, state.layers, self.devices, strict=True):
+            if device != given.streams.device:
+                given, step = moved(given, device), step.to(device, self.ropes[device])
+            with self._on(device):
+                given = block(given, step, layer)
+        with self._on(self.device):
+            return self._head(given, wanted) if wanted else given.streams
+
+    def _on(self, device: torch.device) -> AbstractContextManager[object]:
+        """Kernels are launched on the current card, so it has to be the one whose layers they compute."""
+        return torch.cuda.device(device) if len(self.ropes) > 1 and device.type == "cuda" else nullcontext()
 
     def _head(self, given: Joined, wanted: int) -> Tensor:
         """Logits [wanted, vocab] of the last tokens."""
@@ -170,3 +181,8 @@ class Model:
         if least < 0 or most >= size:
             raise UsageError(f"Token id {least if least < 0 else most} is outside the vocabulary of {size}.",
                              f"Ids go from 0 to {size - 1}.")
+
+
+def moved(given: Joined, device: torch.device) -> Joined:
+    """Streams and sums on the card of the next layers, as soon as they are computed."""
+    return Joined(given.streams.to(device), None if given.sums is None else given.sums.to(device))

@@ -7,7 +7,7 @@ Stages for drafting (`mtp.*`) are left in the file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TypeVar
 
@@ -21,6 +21,8 @@ from dsv4_kernels.moe import Expert, Experts
 from dsv4_quant.errors import CorruptFile
 from dsv4_quant.files import Source
 from dsv4_quant.formats import Packed
+
+Node = TypeVar("Node")
 
 
 @dataclass(frozen=True)
@@ -90,20 +92,27 @@ class ModelWeights:
         return sum(torch.Size(leaf.shape).numel() for leaf in leaves(self))
 
 
-def bind(source: Source, expand_limit: int, *, exact: bool = False, device: str = "cpu", tiers: bool = False) -> ModelWeights:
+def bind(source: Source, expand_limit: int, *, exact: bool = False, device: str = "cpu",
+         devices: Sequence[str] = ()) -> ModelWeights:
     """The trunk's weights; expanded to float32 when that takes at most `expand_limit` bytes.
 
     On another device than the CPU they are copies, made one by one from the mapped file, so that the host's memory holds
-    pages of the file at most; with `tiers` routed experts that are not expanded stay in the file. With `exact` nobody may round
-    what packed weights are multiplied with. Raises CorruptFile for a tensor that is missing or whose shape is not the
-    configuration's.
+    pages of the file at most. devices: of each layer, where that is to decide; the embedding lies with the first and the head
+    with the last, and routed experts that are not expanded stay in the file. With `exact` nobody may round what packed weights
+    are multiplied with. Raises CorruptFile for a tensor that is missing or whose shape is not the configuration's.
     """
     weights = Binder(source, exact).model()
     expanded = 4 * weights.values <= expand_limit
     if expanded:
         weights = _mapped(weights, lambda leaf: leaf.float() if isinstance(leaf, Packed) else leaf)
-    left = (Experts,) if tiers and not expanded else ()
-    return weights if device == "cpu" else _mapped(weights, lambda leaf: leaf.to(device), left)
+    left = (Experts,) if devices and not expanded else ()
+
+    def moved(part: Node, where: str) -> Node:
+        return part if where == "cpu" else _mapped(part, lambda leaf: leaf.to(where), left)
+
+    devices = devices or [device] * len(weights.layers)
+    return ModelWeights(moved(weights.embed, devices[0]), moved(weights.head, devices[-1]), moved(weights.norm, devices[-1]),
+                        moved(weights.hc_head, devices[-1]), list(map(moved, weights.layers, devices)))
 
 
 class Binder:
@@ -211,7 +220,6 @@ class Binder:
         return numbers
 
 
-Node = TypeVar("Node")
 NO_MATRICES = ("ape", "table", "experts")  # added, looked up in, listed apart
 
 

@@ -119,13 +119,23 @@ def test_every_layout_finds_its_place(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("card")
 def test_a_limit_is_the_most_that_is_used_of_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (20 * 10**9, 24 * 10**9))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 3 * 10**9)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 10**9)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: ((20 - 10 * card) * 10**9, 24 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda card: 3 * 10**9)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda card: 10**9)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert device.free_on_cards() == [22 * 10**9]
     assert device.free_on_cards([8 * 10**9]) == [8 * 10**9]
     assert device.free_on_cards([23 * 10**9]) == [22 * 10**9]
     with pytest.raises(UsageError, match=r"--vram asks for 25\.0 GB, but the GPU has 24\.0 GB"):
         device.free_on_cards([25 * 10**9])
-    with pytest.raises(UsageError, match="--vram names 2 GPUs"):
-        device.free_on_cards([10**9, 10**9])
+    assert device.free_on_cards([23 * 10**9, 23 * 10**9]) == [22 * 10**9, 12 * 10**9]
+    with pytest.raises(UsageError, match="--vram names 3 GPUs, but there are 2"):
+        device.free_on_cards([10**9] * 3)
+
+
+@pytest.mark.usefixtures("card")
+def test_several_cards_have_whole_layers_each() -> None:
+    two = replace(CARD, cards=(replace(SHARE, slots=3), replace(SHARE, first=2, last=5, slots=8)))
+    assert opening.rooms_of(settled("cuda", two)) == (Room("cuda:0", 0, 2, 3), Room("cuda:1", 2, 5, 8))
+    all_there = replace(two, cards=(SHARE, two.cards[1]))
+    assert [room.slots for room in opening.rooms_of(settled("cuda", all_there))] == [8, 8]

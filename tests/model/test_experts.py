@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from dsv4_kernels import alloc, backends
 from dsv4_kernels.moe import Expert, Experts, routed_experts, shared_expert
 from dsv4_quant.formats import Packed
-from dsv4cli.model import slots
+from dsv4cli.model import slots, transformer
 from dsv4cli.model.experts import BESIDE, Place, TieredExperts, picked
 from dsv4cli.model.slots import Card, Room, slot_bytes
 from dsv4cli.model.transformer import Model
@@ -51,6 +52,29 @@ def test_any_placement_computes_the_same(count: int, bound: Bound, ids: Tensor) 
     made = walked(model, ids)
     assert_close(made, expected, CHUNKS)
     assert torch.equal(made, walked(model, ids)), "sums have no fixed order"
+
+
+@pytest.mark.parametrize("numerics", ["plain", "official"])
+def test_two_cards_have_layers_each_and_streams_move_between_them(numerics: str, bound: Bound, ids: Tensor,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    rooms = [Room("cpu", 0, 2, 9), Room("cpu", 2, LAYERS, 11)]
+    model = bound(numerics=numerics, expand_limit=0, rooms=rooms, wanted=some(2))
+    one, other = tiered(model).resident
+    assert one == set([place for place in some(2) if place[0] < 2][:9])
+    assert other == set([place for place in some(2) if place[0] >= 2][:11])
+    expected = walked(model, ids)
+    # A name of the CPU that no tensor bears: to it everything is moved, as to another card. Between cards nothing is queued.
+    monkeypatch.setattr(backends, "queued", nullcontext)
+    far, near = torch.device("cpu", 1), model.device
+    monkeypatch.setattr(model, "devices", [near, near, far, far, far])
+    monkeypatch.setattr(model, "ropes", {near: model.ropes[near], far: model.ropes[near]})
+    crossed: list[int] = []
+    real = transformer.moved
+    monkeypatch.setattr(transformer, "moved", lambda given, device: crossed.append(len(given.streams)) or real(given, device))
+    assert torch.equal(walked(model, ids), expected)
+    assert crossed == [size for size in SIZES for _ in range(3)]
+    if numerics == "plain":
+        assert_close(expected, walked(bound(expand_limit=0), ids), CHUNKS)
 
 
 def test_official_numerics_and_every_placement_of_a_layer(bound: Bound, ids: Tensor) -> None:

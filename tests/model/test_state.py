@@ -9,6 +9,7 @@ from torch import Tensor
 from dsv4_kernels.cache.packed import index_bytes, kv_bytes
 from dsv4_quant.config import ModelConfig
 from dsv4cli.errors import CorruptError, UsageError
+from dsv4cli.model.numerics import numerics_named
 from dsv4cli.model.sizes import state_bytes
 from dsv4cli.model.state import Snapshot, State
 from tests.model.conftest import Bound
@@ -51,6 +52,14 @@ def test_packed_entries_take_the_published_bytes(release: dict[str, Any], layers
     assert packed[1] - packed[0] == entries
     if release is FLASH:
         assert packed[1] < 4_000_000_000 < state_bytes(config, 1 << 20, "official")
+
+
+def test_a_packed_state_of_a_million_tokens_of_flash_is_below_4_gb() -> None:
+    """Made without memory behind it, so that storage itself is counted and not the formula."""
+    config = ModelConfig.from_dict(FLASH, "config.json")
+    state = State(config, 1 << 20, numerics_named("official"), "meta", packed=True)
+    state.reserve(1 << 20)
+    assert state.nbytes == State.bytes_for(config, 1 << 20, "official", packed=True) < 4_000_000_000
 
 
 @pytest.mark.parametrize("release", [FLASH, PRO], ids=["flash", "pro"])

@@ -22,6 +22,7 @@ from dsv4_kernels.norm_rope.gpu import real, rotate, turned_with
 from dsv4_kernels.tuned import Sizes, default, options, tuned
 
 HEADS = 16  # of a program: what a tensor core takes
+SLICE_OF_D = tl.constexpr(64)  # of a query and its keys, that a warp multiplies alone
 WIDE_KEYS = 16  # of a tile, where they are float32
 
 
@@ -82,8 +83,18 @@ def _plan(t: int, heads: int, near: int, far: int, wide: bool, sizes: Sizes) -> 
 @triton.jit
 def _absorb(q: Block, keys: Block, seen: Block, most: Block, total: Block, out: Block, WIDE: tl.constexpr,
             DOT: tl.constexpr) -> tuple[Block, Block, Block]:
-    """A tile of keys [n, d] joins the softmax of q [heads, d]: greatest score, sum of powers, their weighted keys."""
-    scores = multiplied(q, tl.trans(keys), tl.zeros((q.shape[0], keys.shape[0]), tl.float32), WIDE, DOT)
+    """A tile of keys [n, d] joins the softmax of q [slices, heads, d / slices], or [heads, d] if WIDE: greatest score, sum of
+    powers, their weighted keys.
+
+    On tensor cores slices are multiplied side by side, each by a warp of its own, and then added: one product of heads by keys
+    is too small to be dealt out, so that every warp would hold all of q and of the keys.
+    """
+    KEYS: tl.constexpr = keys.shape[0]
+    if WIDE:
+        scores = multiplied(q, tl.trans(keys), tl.zeros((q.shape[0], KEYS), tl.float32), WIDE, DOT)
+    else:
+        sliced = tl.permute(tl.reshape(keys, (KEYS, q.shape[0], q.shape[2])), (1, 2, 0))
+        scores = tl.sum(multiplied(q, sliced, tl.zeros((q.shape[0], q.shape[1], KEYS), tl.float32), WIDE, DOT), 0)
     scores = tl.where(seen[None, :], scores, float("-inf"))
     more = tl.maximum(most, tl.max(scores, 1))
     shares, kept = tl.exp(scores - more[:, None]), tl.exp(most - more)
@@ -125,6 +136,9 @@ def _attend(q: Pointer, recent: Pointer, kv: Pointer, visible: Pointer, chosen: 
     sinks = tl.load(sink + head, head < heads, 0.0)
     most = tl.maximum(sinks, -1e30)  # never infinite, so that differences are numbers
     total = tl.where(split == 0, tl.exp(sinks - most), 0.0)
+    SLICE: tl.constexpr = min(D, SLICE_OF_D)
+    if FORM != 0:
+        query = tl.permute(tl.reshape(query, (HEADS, D // SLICE, SLICE)), (1, 0, 2))
     out = tl.zeros((HEADS, D), tl.float32)
     for tile in range(begin, tl.minimum(end, near_tiles)):
         slot = tile * KEYS + lane
