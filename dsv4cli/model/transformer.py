@@ -53,6 +53,9 @@ class Model:
         each: Sequence[Tiers | None] = tiers.layers if tiers else [None] * len(weights.layers)
         self.blocks = [Block(layer, config, number, numerics, reader.fn.to(layer.attn_norm.device), own)
                        for number, (layer, reader, own) in enumerate(zip(weights.layers, readers, each, strict=True))]
+        # of what kind a decoded token is; all indexers choose as many entries of as many tokens
+        self._ratios = sorted({block.attention.ratio for block in self.blocks if block.attention.ratio})
+        self._indexer = next((block.attention.indexer for block in self.blocks if block.attention.indexer), None)
 
     @classmethod
     def bind(cls, source: Source, *, numerics: str = "official", expand_limit: int = EXPAND_LIMIT,
@@ -133,10 +136,9 @@ class Model:
 
     def _repeated(self, ids: Tensor, state: State, wanted: int) -> Tensor:
         """Logits of a single token, whose launches may be those of an earlier one."""
-        position, config = state.position, self.config
-        ratios = sorted({ratio for ratio in map(config.ratio, range(config.num_hidden_layers)) if ratio})
-        full = tuple(ratio for ratio in ratios if (position + 1) % ratio == 0)
-        chooses = any(block.attention.indexer.chooses(position + 1) for block in self.blocks if block.attention.indexer)
+        position = state.position
+        full = tuple(ratio for ratio in self._ratios if (position + 1) % ratio == 0)
+        chooses = self._indexer is not None and self._indexer.chooses(position + 1)
 
         def compute(ids: Tensor, live: Tensor) -> Tensor:
             return self._computed(self._embedded(ids), Step.at(ids, position, self.ropes[ids.device], live), state, wanted)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,14 +40,35 @@ class _Torch(TorchDispatchMode):
 def launches() -> Iterator[list[str]]:
     """A list that grows while this lasts: "attention._attend" for a Triton kernel, "torch.add" for torch. Memory must not be
     poisoned meanwhile, or its filling is counted."""
+    log: list[str] = []
+
+    def tell(kernel: Any, again: Callable[[], None]) -> None:
+        log.append(f"{kernel.__module__.split('.')[-2]}.{kernel.__name__}")
+
+    with torch.inference_mode(), interpreted_launches(_Torch(log), tell):
+        yield log
+
+
+class Silenced(Protocol):
+    """A dispatch mode that passes over what it sees while it is silent."""
+
+    silent: bool
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *failure: Any) -> Any: ...
+
+
+@contextmanager
+def interpreted_launches(mode: Silenced, tell: Callable[[Any, Callable[[], None]], None]) -> Iterator[None]:
+    """While this lasts, `mode` sees torch's operations but not those by which Triton's interpreter computes; of each launch of a
+    kernel `tell` is told the kernel, and what launches it again."""
     from triton.runtime.interpreter import GridExecutor
 
-    log: list[str] = []
-    mode, run = _Torch(log), GridExecutor.__call__
+    run = GridExecutor.__call__
 
     def told(executor: Any, *given: Any, **options: Any) -> None:
-        kernel = executor.fn
-        log.append(f"{kernel.__module__.split('.')[-2]}.{kernel.__name__}")
+        tell(executor.fn, lambda: run(executor, *given, **options))
         mode.silent, before = True, mode.silent
         try:
             run(executor, *given, **options)
@@ -56,7 +77,7 @@ def launches() -> Iterator[list[str]]:
 
     GridExecutor.__call__ = told
     try:
-        with torch.inference_mode(), mode:
-            yield log
+        with mode:
+            yield
     finally:
         GridExecutor.__call__ = run

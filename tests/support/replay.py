@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.support.launches import interpreted_launches
+
 READ_BY_HOST = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
 
 
@@ -63,24 +65,9 @@ class Replay:
     """A run that can be repeated. Unlike a graph it is computed when it is recorded, so the first replay only hands that out."""
 
     def __init__(self, compute: Callable[[], Tensor]) -> None:
-        from triton.runtime.interpreter import GridExecutor
-
-        mode, run = _Launches(), GridExecutor.__call__
-
-        def noted(executor: Any, *given: Any, **options: Any) -> None:
-            mode.steps.append(lambda: run(executor, *given, **options))
-            mode.silent, before = True, mode.silent
-            try:
-                run(executor, *given, **options)
-            finally:
-                mode.silent = before
-
-        GridExecutor.__call__ = noted
-        try:
-            with mode:
-                self._out = compute()
-        finally:
-            GridExecutor.__call__ = run
+        mode = _Launches()
+        with interpreted_launches(mode, lambda kernel, again: mode.steps.append(again)):
+            self._out = compute()
         self._steps, self._computed = mode.steps, True
         self.replayed = 0
 
