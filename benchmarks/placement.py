@@ -15,7 +15,7 @@ import random
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsv4cli.engine.placement import (
     Expert,
@@ -34,10 +34,10 @@ from dsv4cli.engine.rates import Costs
 
 GB = 1e9
 KERNEL = 0.75  # of a memory's bandwidth that kernels reach; what rivals publish for theirs
-LAUNCH_S = 1e-6  # between two launches of a captured graph; a layer of ours has 26 to 32 (tests/model/test_launches.py), of which
-BESIDE, ALONE = 4, 25  # these are of its experts, and these are not
-READ_S = 16e-6  # until the CPU knows what a layer chose
-JOIN_S = 16e-6  # until the GPU has what the CPU computed
+LAUNCH_S = 1e-6  # lost between two launches of a captured graph
+PIECE_S = 2e-6  # and between two graphs that are on their way one behind the other
+READ_S = 16e-6  # until the CPU's kernels know what a layer chose
+JOIN_S = 16e-6  # until the GPU goes on with what the CPU computed
 CPU_LAYER_S = 60e-6  # lost in every layer without a GPU
 HORIZON = 256  # tokens between two exchanges, in which a copy has to pay
 # MXFP4 experts; of Q8_0 what is dense, some 7.3 GB over Flash's 43 layers, the shared experts among it
@@ -47,6 +47,31 @@ POLICIES, BOUNDS = ("first layers", "LRU", "hot"), ("placement bound", "split bo
 QUESTIONS = ("What is {0} + {1}?", "What is the capital of France?", "My name is Anna. What is my name?", "Tell me a story.",
              "What is the capital of Japan? Then add {0} and {1}.", "Hello!")
 CHOSEN, HASHED = 6, 3  # experts a token visits in a layer; first layers, routed by token id
+
+
+class Launches(NamedTuple):
+    """Of a decoded token in one layer: all of them where it is whole on the card; else until the host is told the choice,
+    beside the host, and behind its answer."""
+
+    whole: int
+    told: int
+    beside: int
+    behind: int
+
+
+# By ratio, where entries are chosen, as tests/model/test_launches.py counts them; and how many more there are in a layer of ratio
+# 4 in each fourth token, which completes a group.
+LAUNCHES, MORE = {0: Launches(12, 11, 2, 1), 4: Launches(17, 16, 2, 1), 128: Launches(13, 12, 2, 1)}, 2
+RATIOS = {FLASH: {0: 2, 4: 21, 128: 20}, PRO: {4: 30, 128: 31}}  # layers of each
+
+
+def launched(load: Load) -> tuple[float, float, float]:
+    """Launches of a layer, on average: that nothing hides where it is whole; that many more where the host has a part; and those
+    beside the host."""
+    layers = RATIOS[load]
+    whole, told, beside, behind = (sum(count * each for count, each in zip(layers.values(), column, strict=True)) / load.layers
+                                   for column in zip(*(LAUNCHES[ratio] for ratio in layers), strict=True))
+    return whole + MORE / 4 * layers[4] / load.layers, told + behind - whole, beside
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,7 @@ class Machine:
     link_gb_s: float
     disk_gb_s: float
     load: Load = FLASH
+    model: Load = FLASH  # whose layers' launches are counted
     visits: int = 6  # experts that a token chooses in a layer
 
     def costs(self, lost: bool = True) -> Costs:
@@ -73,7 +99,8 @@ class Machine:
             return costs
         if not costs.card:
             return replace(costs, lost=CPU_LAYER_S)
-        return replace(costs, lost=ALONE * LAUNCH_S, shared=costs.shared + BESIDE * LAUNCH_S, read=READ_S, join=JOIN_S)
+        lost, more, beside = (count * LAUNCH_S for count in launched(self.model))
+        return replace(costs, lost=lost, parted=more, beside=beside + PIECE_S, read=READ_S, join=JOIN_S)
 
     def rates(self) -> Rates:
         kernels = [KERNEL * rate * GB for rate in (self.vram_gb_s, self.ram_gb_s)]
@@ -90,7 +117,7 @@ MACHINES = (
     Machine("12 GB laptop, 64 GB", 2, 52, 432, 60, 12, 5),
     Machine("96 GB card, DDR5 x12, 384 GB", 84, 360, 1792, 380, 50, 6),
     Machine("CPU only, DDR5 x2, 192 GB", 0, 175, 0, 75, 25, 6),
-    Machine("Pro, 32 GB card, DDR5 x12, 1.1 TB", 2, 1050, 1792, 380, 50, 6, PRO),
+    Machine("Pro, 32 GB card, DDR5 x12, 1.1 TB", 2, 1050, 1792, 380, 50, 6, PRO, PRO),
 )
 
 

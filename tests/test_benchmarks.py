@@ -129,7 +129,8 @@ def test_the_placement_bound_loses_the_policies_time_in_layers() -> None:
     machine = module.Machine("small", 0.16, 1, 1000, 50, 10, 1, load)
     rates = module.compare(machine, module.trace(load, 1.0, 1024))
     lost = 1 / rates["placement bound"] - 1 / rates["split bound"]
-    most = module.LAUNCH_S * (module.ALONE + module.BESIDE) + module.READ_S + module.JOIN_S
+    costs = machine.costs()
+    most = costs.lost + costs.parted + costs.beside + costs.read + costs.join
     assert 4 * module.LAUNCH_S * module.ALONE <= lost <= 4 * most
     assert 0.8 * rates["placement bound"] < rates["hot"] < rates["split bound"] < rates["clairvoyant"]
     assert max(rates["LRU"], rates["first layers"]) < rates["hot"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsv4_kernels.norm_rope import Yarn, frequencies, turns
 from dsv4_quant.config import ModelConfig
+from dsv4cli.model.recording import ByHost, at_once
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Step:
 
     Whatever depends on positions alone is made once, here, on the device of the ids; it lives as long as the step. `live` is
     None, or int64 [1]: the only token's position in the device's memory. Kernels then read it there, all else is computed from
-    it, and `start` only says of what kind the token is, so that the launches of one step serve the next one of its kind.
+    it, and `start` only says of what kind the token is, so that the launches of one step serve the next one of its kind. What the
+    host has to do in the middle of a step goes through `by_host`.
     """
 
     ids: Tensor
@@ -53,18 +55,20 @@ class Step:
     window_turns: Tensor
     compress_turns: Tensor
     live: Tensor | None
+    by_host: ByHost
     _rope: Rope
     _groups: dict[int, Groups] = field(default_factory=dict)
     _rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def at(cls, ids: Tensor, start: int, rope: Rope, live: Tensor | None = None) -> Step:
+    def at(cls, ids: Tensor, start: int, rope: Rope, live: Tensor | None = None, by_host: ByHost = at_once) -> Step:
         positions = torch.arange(start, start + len(ids), device=ids.device) if live is None else live
-        return cls(ids, start, positions, turns(positions, rope.window), turns(positions, rope.compress), live, rope)
+        return cls(ids, start, positions, turns(positions, rope.window), turns(positions, rope.compress), live, by_host,
+                   rope)
 
     def to(self, device: torch.device, rope: Rope) -> Step:
         """The same step for layers on another device, where `rope` lies too."""
-        return Step.at(self.ids.to(device), self.start, rope, None if self.live is None else self.live.to(device))
+        return Step.at(self.ids.to(device), self.start, rope, None if self.live is None else self.live.to(device), self.by_host)
 
     def groups(self, ratio: int) -> Groups:
         """The groups of all layers that compress `ratio` tokens into one."""
