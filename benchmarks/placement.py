@@ -59,9 +59,8 @@ class Launches(NamedTuple):
     behind: int
 
 
-# By ratio, where entries are chosen, as tests/model/test_launches.py counts them; and how many more there are in a layer of ratio
-# 4 in each fourth token, which completes a group.
-LAUNCHES, MORE = {0: Launches(12, 11, 2, 1), 4: Launches(17, 16, 2, 1), 128: Launches(13, 12, 2, 1)}, 2
+# By ratio, of a token that completes no group but has to choose entries, as tests/model/test_launches.py counts them.
+LAUNCHES = {0: Launches(12, 11, 2, 1), 4: Launches(14, 13, 2, 1), 128: Launches(12, 11, 2, 1)}
 RATIOS = {FLASH: {0: 2, 4: 21, 128: 20}, PRO: {4: 30, 128: 31}}  # layers of each
 
 
@@ -71,7 +70,7 @@ def launched(load: Load) -> tuple[float, float, float]:
     layers = RATIOS[load]
     whole, told, beside, behind = (sum(count * each for count, each in zip(layers.values(), column, strict=True)) / load.layers
                                    for column in zip(*(LAUNCHES[ratio] for ratio in layers), strict=True))
-    return whole + MORE / 4 * layers[4] / load.layers, told + behind - whole, beside
+    return whole, told + behind - whole, beside
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, TextIO
+from unicodedata import combining, east_asian_width
 
 from dsv4_quant.units import in_bytes as in_bytes
 from dsv4cli.errors import Interrupted, UsageError
@@ -93,6 +95,44 @@ def pairs(rows: Sequence[tuple[str, str]], indent: str = "") -> None:
     wide = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
         print(f"{indent}{bold(name.ljust(wide))}  {value}")
+
+
+def panel(title: str, rows: Sequence[tuple[str, str]], columns: int) -> str:
+    """Names and values in a frame of at most so many columns, with escape sequences; lines that are too long are folded.
+
+    (Drawn by hand, for rich takes longer to import than `run` has for its panel.)
+    """
+    wide = max(_columns(name) for name, _ in rows)
+    room = max(8, columns - wide - 6)
+    lines = [("" if number else name, text) for name, value in rows for number, text in enumerate(wrap(value, room) or [""])]
+    inner = max(len(title) + 2, *(wide + 2 + _columns(text) for _, text in lines))
+    framed = [f"\x1b[2m╭─ {title} {'─' * (inner - len(title) - 1)}╮\x1b[22m"]
+    for name, text in lines:
+        padded, rest = " " * (wide - _columns(name)), " " * (inner - wide - 2 - _columns(text))
+        framed.append(f"\x1b[2m│\x1b[22m \x1b[1m{name}\x1b[22m{padded}  {text}{rest} \x1b[2m│\x1b[22m")
+    return "\n".join([*framed, f"\x1b[2m╰{'─' * (inner + 2)}╯\x1b[22m"])
+
+
+def show_panel(facts: Callable[[], Sequence[tuple[str, str]]], quiet: bool) -> None:
+    """Says on a terminal's stderr what a command works with; elsewhere the facts are not even made."""
+    if quiet or not sys.stderr.isatty():
+        return
+    if coloured(sys.stderr):
+        text = panel("dsv4", facts(), os.get_terminal_size(sys.stderr.fileno()).columns or 80)
+    else:
+        text = "\n".join(aligned(facts()))
+    print(text, file=sys.stderr, flush=True)
+
+
+def aligned(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Lines of names and values, the values below each other."""
+    wide = max((len(name) for name, _ in rows), default=0)
+    return [f"{name.ljust(wide)}  {value}" for name, value in rows]
+
+
+def _columns(text: str) -> int:
+    """How wide a terminal shows `text`."""
+    return sum(0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1 for char in text)
 
 
 def bold(text: str) -> str:

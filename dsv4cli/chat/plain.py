@@ -80,9 +80,8 @@ class PlainScreen:
             print(text, file=sys.stderr, flush=True)
 
     def table(self, rows: list[tuple[str, str]]) -> None:
-        wide = max((len(name) for name, _ in rows), default=0)
-        for name, value in rows:
-            self.note(f"{name.ljust(wide)}  {value}")
+        for line in console.aligned(rows):
+            self.note(line)
 
     def failed(self, error: Dsv4Error) -> None:
         console.report(error.message, error.hint)

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -37,7 +36,7 @@ class TerminalScreen:
 
     def header(self, facts: list[tuple[str, str]]) -> None:
         if not self._quiet:
-            self._console.print(Panel(_grid(facts), title="dsv4", title_align="left", border_style="dim", expand=False))
+            self._console.print(Text.from_ansi(console.panel("dsv4", facts, self._console.width)))
             self.note("/help lists the commands, Ctrl-C stops an answer, /bye leaves.\n")
 
     def note(self, text: str) -> None:

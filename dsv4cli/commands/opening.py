@@ -67,11 +67,13 @@ def prepare_kernels(quiet: bool) -> None:
         console.note(f"{trouble.message} Computing with torch instead, which is slow. {trouble.hint}")
 
 
-def facts(engine: Engine) -> list[tuple[str, str]]:
-    """What a user wants to know before the first question, as names and values."""
+def facts(engine: Engine, whole: bool = False) -> list[tuple[str, str]]:
+    """What a user wants to know before the first question, as names and values. whole: where a rate comes from as well, or why
+    there is none."""
     from dsv4cli.engine.tiers import placed
 
     plan, experts = engine.plan, placed(engine.plan)
+    rate = engine.foretold.told() if whole else engine.foretold.brief()
     cards = [("GPU memory" if len(plan.cards) == 1 else f"GPU {number}", _of(card.needed, card.available))
              for number, card in enumerate(plan.cards)]
     return [
@@ -81,6 +83,7 @@ def facts(engine: Engine) -> list[tuple[str, str]]:
         *cards,
         ("memory", _of(plan.needed - plan.on_disk, plan.available)),
         *([("experts", experts.told())] if experts.vram or experts.disk else []),
+        *([("decode", rate)] if rate else []),
         ("numerics", engine.numerics),
         ("backend", backends(engine)),
     ]
@@ -95,8 +98,8 @@ def details(engine: Engine) -> list[tuple[str, str]]:
     from dsv4cli.engine.memory import told
 
     held = [(f"plan of GPU {number}", told(card.sizes())) for number, card in enumerate(engine.plan.cards)]
-    return [*facts(engine), ("device", f"{engine.device}: {engine.device_reason}"), *held, ("memory plan", engine.plan.parts()),
-            *architecture(engine.config).items()]
+    return [*facts(engine, whole=True), ("device", f"{engine.device}: {engine.device_reason}"), *held,
+            ("memory plan", engine.plan.parts()), *architecture(engine.config).items()]
 
 
 def backends(engine: Any) -> str:

@@ -10,7 +10,6 @@ import typer
 from dsv4cli import console
 from dsv4cli.commands.arguments import Json, Model, size_of, sizes_of
 from dsv4cli.commands.options import with_settings
-from dsv4cli.errors import CapacityError
 from dsv4cli.registry import catalog
 from dsv4cli.settings import Settings
 
@@ -61,8 +60,7 @@ def plan(
         print()
         console.pairs([("context", f"{made.context:,} tokens"), *([("experts", counts.told())] if counts.told() else []),
                        ("decode", foretold.told()), *(("note", note) for note in notes)])
-    if not made.runs:
-        refuse(entry.name, made, advice.to_run(header, made, planned))
+    advice.demand_fit(header, entry.name, made, planned)
 
 
 def rows(made: MemoryPlan, parts: Tiers) -> list[tuple[str, ...]]:
@@ -75,14 +73,6 @@ def rows(made: MemoryPlan, parts: Tiers) -> list[tuple[str, ...]]:
              if any(what in tier for tier in parts.values())]
     table.append(("needed", *(_size(sum(tier.values())) for tier in parts.values())))
     return [*table, ("available", *(_size(free.get(tier)) for tier in parts))] if any(free.values()) else table
-
-
-def refuse(name: str, made: MemoryPlan, hint: str) -> None:
-    """Raises the plan's own CapacityError with a hint that has numbers."""
-    try:
-        made.demand_fit(name)
-    except CapacityError as error:
-        raise CapacityError(error.message, hint) from None
 
 
 def _size(nbytes: int | None) -> str:

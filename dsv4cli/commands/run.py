@@ -38,6 +38,7 @@ def run(
     from dsv4cli.commands import opening
 
     engine = opening.open_engine(model, chosen)
+    console.show_panel(lambda: opening.facts(engine), chosen["quiet"])
     messages = [{"role": "user", "content": prompt}]
     if chosen["system"]:
         messages.insert(0, {"role": "system", "content": chosen["system"]})

@@ -11,6 +11,7 @@ from dsv4_quant.recipe import KEEP, RECIPES, Recipe, layer_of, slot_of
 from dsv4cli.console import in_bytes
 from dsv4cli.engine.cards import UNREAD
 from dsv4cli.engine.memory import SMALLEST_CONTEXT, MemoryPlan
+from dsv4cli.errors import CapacityError
 
 Replan = Callable[[int], MemoryPlan]  # the same plan for another context
 
@@ -29,6 +30,14 @@ def to_run(header: Header, made: MemoryPlan, replan: Replan) -> str:
         return f"No context is short enough: {over} of GPU memory are missing. Without a GPU (--device cpu) RAM counts alone."
     over = in_bytes(made.least - (made.available or 0))
     return f"No context is short enough: {over} have to go. {smaller(header, made) or 'Choose a machine with more memory.'}"
+
+
+def demand_fit(header: Header, name: str, made: MemoryPlan, replan: Replan) -> None:
+    """Raises what MemoryPlan.demand_fit does, with advice that has numbers."""
+    try:
+        made.demand_fit(name)
+    except CapacityError as error:
+        raise CapacityError(error.message, to_run(header, made, replan)) from None
 
 
 def to_speed_up(header: Header, made: MemoryPlan) -> list[str]:

@@ -55,7 +55,7 @@ class Engine(Loaded):
         model_there, hot = _bound(source, numerics, place, fingerprint)
         return cls(entry.name, model_there, opening.tokenizer_of(source, entry.name),
                    release_of(entry, source.metadata, release), place.plan, fingerprint, opening.sampling_of(source),
-                   place.reason, hot)
+                   place.reason, hot, opening.rate_at(source, place, numerics, threads))
 
     def session(self) -> Session:
         """A new, empty timeline."""

@@ -10,6 +10,7 @@ from dsv4_quant.config import ModelConfig
 from dsv4cli.encoding.tokenizer import Tokenizer
 from dsv4cli.engine.hot import Hot
 from dsv4cli.engine.memory import MemoryPlan
+from dsv4cli.engine.rates import Foretold
 from dsv4cli.engine.sampling import Sampling
 from dsv4cli.errors import UsageError
 from dsv4cli.model.transformer import Model
@@ -28,6 +29,7 @@ class Loaded:
     sampling: Sampling = field(default_factory=Sampling)  # what the model's authors recommend, where a request says nothing
     device_reason: str = "it was asked for"  # why the model is on its device
     hot: Hot | None = None  # what to keep on a card, where not all experts fit there
+    foretold: Foretold = field(default_factory=Foretold.nothing)  # how fast it will decode here
 
     @property
     def config(self) -> ModelConfig:

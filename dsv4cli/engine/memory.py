@@ -94,8 +94,8 @@ class MemoryPlan:
 
     @property
     def on_disk(self) -> int:
-        """Bytes of routed experts for which there is no memory."""
-        return 0 if self.available is None else min(self.experts, max(0, self.needed - self.available))
+        """Bytes of routed experts for which there is no memory; all but those being computed where the model cannot run."""
+        return 0 if self.available is None else min(self.experts - self.busy, max(0, self.needed - self.available))
 
     def demand_fit(self, name: str) -> None:
         """Raises CapacityError with both numbers if not even experts on the disk would leave room for the rest, or a card has
@@ -108,9 +108,10 @@ class MemoryPlan:
                     f"but only {in_bytes(card.available or 0)} are available.",
                     "Choose a smaller --ctx, a smaller quantisation, or --device cpu.")
         if not self.runs:
-            without = f", {in_bytes(self.experts)} of experts left on the disk," if self.experts else ""
+            without = f", with {in_bytes(self.experts - self.busy)} of experts left on the disk" if self.experts else ""
+            parts = told({**self.sizes(), "routed experts": self.busy})
             raise CapacityError(
-                f"{name} needs {in_bytes(self.least)} of memory{without} ({self.parts()}), "
+                f"{name} needs {in_bytes(self.least)} of memory ({parts}){without}, "
                 f"but only {in_bytes(self.available or 0)} are available.",
                 "Choose a smaller --ctx, a smaller quantisation, or a machine with more memory.")
 

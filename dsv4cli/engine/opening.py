@@ -11,6 +11,7 @@ from dsv4_quant.files import Source
 from dsv4_quant.files.mapping import advised_at_once
 from dsv4cli.console import in_bytes
 from dsv4cli.encoding.tokenizer import Tokenizer
+from dsv4cli.engine import advice, machine
 from dsv4cli.engine.cards import UNREAD
 from dsv4cli.engine.device import Place, free_on_cards, settle
 from dsv4cli.engine.memory import (
@@ -21,6 +22,7 @@ from dsv4cli.engine.memory import (
     plan_model,
     resident_bytes,
 )
+from dsv4cli.engine.rates import Foretold, foretell
 from dsv4cli.engine.sampling import Sampling
 from dsv4cli.errors import CapacityError, CorruptError, UsageError
 from dsv4cli.model.slots import Room
@@ -33,21 +35,32 @@ def place_of(source: Source, name: str, ctx: int | None, numerics: str, device: 
     """Where `source` will compute, and what it will need there, told before its weights are read.
 
     vram: the most bytes to use of the card; `auto` is that card then. Raises UsageError for a context that the model does not
-    have, a device that is not here and more `vram` than a card has, CapacityError (both numbers) for a context that the
-    machine does not have."""
-    def plan_for(where: str) -> MemoryPlan:
+    have, a device that is not here and more `vram` than a card has, CapacityError (both numbers, and what would fit) for a
+    context that the machine does not have."""
+    refused: list[tuple[str, MemoryPlan]] = []
+
+    def plan_for(where: str, tokens: int | None = ctx) -> MemoryPlan:
         _demand_addresses(source, name)
         cards = free_on_cards(vram) if where == "cuda" else []
         program, free = resident_bytes(), available_memory()
         available = None if free is None else free + program  # what this process holds already is in the plan
-        plan = plan_model(source.header, name, ctx=ctx, numerics=numerics, available=available, cards=cards,
+        plan = plan_model(source.header, name, ctx=tokens, numerics=numerics, available=available, cards=cards,
                           program=program + LOADED_LATER, decodes=backends.cpu_trouble() is not None)
         if not plan.expands and len(plan.cards) < len(cards):
             raise CapacityError(f"Of the {len(cards)} GPUs that --vram names, {len(plan.cards)} have room for a layer of {name}.",
                                 "Leave the smaller ones out.")
+        if not plan.runs:
+            refused.append((where, plan))
         return plan
 
-    return settle(name, "cuda" if vram and device == "auto" else device, _formats(source), plan_for)
+    try:
+        return settle(name, "cuda" if vram and device == "auto" else device, _formats(source), plan_for)
+    except CapacityError:
+        if not refused:
+            raise
+        where, plan = refused[-1]  # where it was to run at last
+        advice.demand_fit(source.header, name, plan, lambda tokens: plan_for(where, tokens))
+        raise
 
 
 def _demand_addresses(source: Source, name: str) -> None:
@@ -71,6 +84,15 @@ def rooms_of(place: Place) -> tuple[Room, ...]:
         return ()
     names = [place.device] if len(plan.cards) == 1 else [f"{place.device}:{number}" for number in range(len(plan.cards))]
     return tuple(Room(name, card.first, card.last, card.slots) for name, card in zip(names, plan.cards, strict=True))
+
+
+def rate_at(source: Source, place: Place, numerics: str, threads: int | None) -> Foretold:
+    """How fast the model will decode here, by what this machine was measured to do with all its cores."""
+    if backends.cpu_trouble() is not None:
+        return Foretold.nothing("the CPU's own kernels cannot run here")
+    if threads not in (None, backends.most_threads()):
+        return Foretold.nothing(f"the machine is measured with all its {backends.most_threads()} cores")
+    return foretell(source.header, place.plan, numerics, machine.load())
 
 
 def _formats(source: Source) -> set[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv4_quant.files.headers import Header
 from dsv4cli.engine.cards import UNREAD
@@ -20,6 +20,7 @@ from dsv4cli.model import sizes
 OFFICIAL = {"F8_E4M3": "fp8_e4m3", "I8": "fp4"}  # stored types, as formats
 SCALES = "F8_E8M0"
 TABLES = ("i32", "i64")  # of experts by token, of which a row is read
+UNMEASURED = "dsv4 doctor --measure would tell"
 EXACT = 1.15  # by how much a foretold rate may be wrong; docs/placement.md has how wrong it was
 
 
@@ -78,13 +79,18 @@ def work_of(header: Header, depth: int, numerics: str) -> Work:
             elif info.dtype.lower() not in TABLES:
                 dense[_format(info.dtype, "fp8_e4m3")] += info.nbytes
     share = config.num_experts_per_tok / config.n_routed_experts
-    read = Counter[str]()
+    weights = Work(config.num_hidden_layers, dense, {name: int(size * share) for name, size in chosen.items()}, 0, 0, 0)
+    return _behind(weights, header, depth, numerics)
+
+
+def _behind(weights: Work, header: Header, depth: int, numerics: str) -> Work:
+    """The work with such weights behind `depth` tokens."""
+    config, read = header.config, Counter[str]()
     for layer in range(config.num_hidden_layers):
         read += _looked_at(header, layer, depth)
-    return Work(config.num_hidden_layers, dense, {name: int(size * share) for name, size in chosen.items()},
-                sizes.CACHE_BYTES[numerics] * (read["keys"] * config.head_dim + read["index"] * config.index_head_dim),
-                2 * config.num_attention_heads * config.head_dim * read["keys"],
-                config.index_n_heads * config.index_head_dim * read["index"])
+    return replace(weights, attended=2 * config.num_attention_heads * config.head_dim * read["keys"],
+                   scored=config.index_n_heads * config.index_head_dim * read["index"],
+                   caches=sizes.CACHE_BYTES[numerics] * (read["keys"] * config.head_dim + read["index"] * config.index_head_dim))
 
 
 def _format(dtype: str, scaled: str) -> str:
@@ -132,10 +138,20 @@ class Foretold:
     high: float | None
     why: str
 
+    @classmethod
+    def nothing(cls, why: str = "nobody asked") -> Foretold:
+        return cls(None, None, why)
+
     def told(self) -> str:
         if self.low is None or self.high is None:
             return f"not known: {self.why}"
         return f"about {_short(self.low)} to {_short(self.high)} tok/s ({self.why})"
+
+    def brief(self) -> str:
+        """For a panel: the range, or what would find it out; "" where nothing would."""
+        if self.low is None or self.high is None:
+            return f"not measured: {self.why}" if self.why == UNMEASURED else ""
+        return f"about {_short(self.low)} to {_short(self.high)} tok/s, the lower with a full context"
 
 
 def foretell(header: Header, plan: MemoryPlan, numerics: str, profile: Profile | None) -> Foretold:
@@ -145,18 +161,18 @@ def foretell(header: Header, plan: MemoryPlan, numerics: str, profile: Profile |
     wrong by EXACT either way.
     """
     if plan.expands:
-        return Foretold(None, None, "so small a model waits for its calls more than for its weights")
+        return Foretold.nothing("so small a model waits for its calls more than for its weights")
     if plan.cards:
-        return Foretold(None, None, "no GPU has been measured yet")
+        return Foretold.nothing("no GPU has been measured yet")
     if profile is None or not profile.kernels:
-        return Foretold(None, None, "dsv4 doctor --measure would tell")
+        return Foretold.nothing(UNMEASURED)
     visits, away = header.config.num_experts_per_tok, plan.on_disk / plan.experts if plan.experts else 0.0
-    found = []
+    found, weights = [], work_of(header, 0, numerics)
     for depth, disk in ((plan.context - 1, profile.random), (0, profile.sequential)):
-        work = work_of(header, depth, numerics)
+        work = _behind(weights, header, depth, numerics)
         costs = cpu_costs(work, profile, visits, disk)
         if costs is None or (away and not disk):
-            return Foretold(None, None, "a rate that it needs could not be measured here")
+            return Foretold.nothing("a rate that it needs could not be measured here")
         expected = (1 - away) * costs.layer(0, visits, 0, False) + away * costs.layer(0, 0, visits, False)
         found.append(1 / (work.layers * expected + costs.token))
     return Foretold(found[0] / EXACT, found[1] * EXACT, f"by what dsv4 doctor --measure found on {profile.date}; the lower with "

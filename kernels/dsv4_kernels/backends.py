@@ -15,12 +15,12 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from dsv4_kernels.native import library, queue
+from dsv4_kernels.native import library, processors, queue
 from dsv4_kernels.unpack import LAYOUTS
 from dsv4_quant.errors import QuantError
 
-OPERATIONS = ("linear", "norm_rope", "rounding", "cache", "hyper", "compressor", "indexer", "attention", "router", "moe",
-              "residual", "held", "sampling")
+OPERATIONS = ("linear", "norm_rope", "rounding", "cache", "hyper", "compressor", "indexer", "prologue", "attention",
+              "router", "moe", "residual", "held", "sampling")
 NATIVE = {"cpu": "cpu", "cuda": "gpu"}  # device type -> the file that is written for it
 BACKENDS = ("ref", *NATIVE.values())
 Watcher = Callable[[str, tuple[Any, ...]], None]  # (name of the door, what was given to the backend)
@@ -150,6 +150,11 @@ def reader(nbytes: int) -> library.Reader:
 def use_threads(count: int | None) -> int:
     """Lets the CPU kernels use `count` threads, or one per physical core for None; returns how many."""
     return library.set_threads(count)
+
+
+def most_threads() -> int:
+    """How many threads the CPU kernels use unless told otherwise: one per physical core."""
+    return processors.physical_cores()
 
 
 def ask_ahead(at_once: int) -> None:

@@ -129,6 +129,12 @@ def test_a_model_larger_than_memory(run_dsv4: Run, monkeypatch: pytest.MonkeyPat
     shown = run_dsv4("run", "hello")
     assert (shown.code, shown.out) == (3, "")
     assert "but only 20.0 MB are available" in shown.err
+    assert "No context is short enough" in shown.err
+    needs = json.loads(run_dsv4("plan", "tiny", "--ctx", "8192", "--json").out)
+    monkeypatch.setattr(opening, "available_memory", lambda: needs["needed"] - needs["program"] + opening.LOADED_LATER + 10)
+    shown = run_dsv4("run", "hello", "--ctx", "32768")
+    assert (shown.code, shown.out) == (3, "")
+    assert "hint: --ctx 8192 would fit." in shown.err
 
 
 @pytest.mark.parametrize(("harm", "code"), [

@@ -99,8 +99,10 @@ def test_routed_experts_may_stay_on_the_disk(header: Header) -> None:
     assert plan(large, 512, whole.least).runs
     few = plan(large, 512, whole.least - 1)
     assert not few.runs
-    with pytest.raises(CapacityError, match=r"flash needs [\d.]+ .B of memory, [\d.]+ .B of experts left .* only"):
+    with pytest.raises(CapacityError, match=r"flash needs [\d.]+ .B of memory .*, with [\d.]+ .B of experts left .*") as refused:
         few.demand_fit("flash")
+    assert f"routed experts {in_bytes(few.busy)}" in refused.value.message  # the parts are those of what is needed
+    assert few.needed - few.on_disk == few.least
 
 
 def test_what_one_layer_reads_for_a_token_has_to_fit(header: Header) -> None:

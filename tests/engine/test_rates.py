@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from dsv4_kernels import backends
+from dsv4_kernels.native.build import BuildError
 from dsv4_quant.files import open_source
 from dsv4_quant.files.headers import Header, read_header
-from dsv4cli.engine import bench
+from dsv4cli import Engine
+from dsv4cli.engine import bench, machine, opening
+from dsv4cli.engine.device import Place
 from dsv4cli.engine.machine import Profile
 from dsv4cli.engine.memory import MemoryPlan, plan_model
 from dsv4cli.engine.rates import Costs, Work, cpu_costs, foretell, work_of
 from dsv4cli.model import sizes
 from dsv4cli.model.transformer import Model
+from tests.engine.mock_model import byte_tokenizer_json
 from tests.support.gguf_writer import Kind, write
 from tests.support.synth import Checkpoint, Shape
 
@@ -149,3 +155,24 @@ def test_where_nothing_is_known_it_says_what_would_help(header: Header, monkeypa
     for profile in (None, replace(PROFILE, kernels={})):
         assert foretell(header, planned(header), "official", profile).told() == "not known: dsv4 doctor --measure would tell"
     assert "GPU" in foretell(header, planned(header, cards=(10**10,)), "official", PROFILE).told()
+
+
+def test_an_opened_model_foretells_what_its_plan_does(folder: Path, header: Header, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "EXPAND_LIMIT", 0)
+    (folder / "tokenizer.json").write_text(json.dumps(byte_tokenizer_json()))
+    machine.save(measured(header))
+    engine = Engine.open(folder, ctx=512)
+    assert engine.foretold == foretell(header, engine.plan, "official", measured(header))
+    assert engine.foretold.low is not None
+
+
+def test_fewer_threads_were_not_measured(folder: Path, header: Header, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor were kernels that cannot run."""
+    source, place = open_source(folder), Place("cpu", "", replace(planned(header), expanded=0))
+    machine.save(measured(header))
+    monkeypatch.setattr(backends, "most_threads", lambda: 8)
+    assert opening.rate_at(source, place, "official", 4).told() == "not known: the machine is measured with all its 8 cores"
+    assert opening.rate_at(source, place, "official", 8) == opening.rate_at(source, place, "official", None)
+    assert opening.rate_at(source, place, "official", None).low is not None
+    monkeypatch.setattr(backends, "cpu_trouble", lambda: BuildError("No compiler.", "Install one."))
+    assert "cannot run here" in opening.rate_at(source, place, "official", None).told()

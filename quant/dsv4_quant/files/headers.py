@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,8 +47,13 @@ class Header:
         """Those that tensors lie in."""
         return sorted({info.file for info in self.tensors.values()})
 
-    def by_role(self) -> dict[str, list[TensorInfo]]:
+    def by_role(self) -> Mapping[str, list[TensorInfo]]:
         """The tensors by what they are for (schema.Role); "other" for those that the schema does not know."""
+        return self._groups
+
+    @cached_property
+    def _groups(self) -> dict[str, list[TensorInfo]]:
+        """Asked for several times in a plan, and to spell 69,000 names of an official checkpoint takes a while."""
         expected: Iterable[Any] = schema.gguf_tensors(self.config)
         if self.layout == "official":
             expected = schema.tensors(self.config, schema.Variant.of(self.tensors))
