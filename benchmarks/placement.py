@@ -46,6 +46,7 @@ PRO = Load(61, 384, 3 * 7168 * 3072 * 17 // 32, 375_000_000, 3 * 7168 * 3072 * 3
 POLICIES, BOUNDS = ("first layers", "LRU", "hot"), ("placement bound", "split bound", "clairvoyant")
 QUESTIONS = ("What is {0} + {1}?", "What is the capital of France?", "My name is Anna. What is my name?", "Tell me a story.",
              "What is the capital of Japan? Then add {0} and {1}.", "Hello!")
+DOOR = "experts_into_streams"  # of the kernels, to which a router is given
 CHOSEN, HASHED = 6, 3  # experts a token visits in a layer; first layers, routed by token id
 
 
@@ -140,7 +141,7 @@ def recorded(model: str, count: int) -> tuple[list[Token], int]:
     session, layers, step = engine.session(), engine.config.num_hidden_layers, list[list[list[int]]]()
 
     def watch(door: str, given: tuple[Any, ...]) -> None:
-        if door == "experts_into_streams":  # what the router will choose there
+        if door == DOOR:  # what the router will choose there
             x, ids, router, *_ = given
             step.append(route(x, router, ids)[1].tolist())
         if len(step) == layers:  # a prompt's tokens come together
@@ -149,10 +150,14 @@ def recorded(model: str, count: int) -> tuple[list[Token], int]:
 
     with backends.watched(watch):
         while len(tokens) < count:
+            before = len(tokens)
             asked = rng.choice(QUESTIONS).format(rng.randrange(100), rng.randrange(100))
             for _ in engine.chat([{"role": "user", "content": asked}], session=session, sampling=Sampling(seed=len(tokens))):
                 if len(tokens) >= count:
                     break
+            if len(tokens) == before:
+                raise SystemExit(f"{model} answered, and through the door {DOOR} came no choice of {layers} layers. "
+                                 "Experts have another door now; name it in DOOR.")
     return tokens[:count], engine.config.n_routed_experts
 
 
@@ -201,6 +206,7 @@ class Recent:
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
+        placement.kept.clear()  # whatever lies there may leave, so no layer is ever known to be whole
         self.tiers = [(tier, len(tier), OrderedDict.fromkeys(sorted(tier))) for tier in (placement.vram, placement.ram)]
 
     def touch(self, expert: Expert) -> None:

@@ -136,6 +136,14 @@ def test_the_placement_bound_loses_the_policies_time_in_layers() -> None:
     assert max(rates["LRU"], rates["first layers"]) < rates["hot"]
 
 
+def test_a_door_of_another_name_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than waited for."""
+    module = simulation()
+    monkeypatch.setattr(module, "DOOR", "renamed")
+    with pytest.raises(SystemExit, match="renamed"):
+        module.recorded("tiny", 20)
+
+
 def test_choices_that_a_model_made_are_replayed() -> None:
     """Of tiny: 4 layers, 2 of 8 experts each; its first layer chooses by token, so the same token chooses the same there."""
     module = simulation()
