@@ -7,6 +7,7 @@ device and are made when their turn comes. Caches are packed, as they are on car
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,11 +15,13 @@ import torch
 from torch import Generator, Tensor
 
 from dsv4_kernels.attention import Entries
+from dsv4_kernels.cache import Rounding
 from dsv4_kernels.cache.packed import index_bytes, kv_bytes, pack_index, pack_kv, unpack_index, unpack_kv
 from dsv4_kernels.compressor import Pending
 from dsv4_kernels.hyper import HyperSettings, Mixer
 from dsv4_kernels.linear import Norm
 from dsv4_kernels.moe import Expert, Experts
+from dsv4_kernels.prologue import Compression, Keeping, Queries
 from dsv4_kernels.residual import Residual
 from dsv4_kernels.rounding import ref as rounding
 from dsv4_kernels.router import Router
@@ -82,7 +85,7 @@ class Call(NamedTuple):
     tokens: int
     format: str = ""
     context: int | None = None
-    filled: int | None = None  # which of what is given the door writes into
+    filled: tuple[int, ...] = ()  # which of what is given the door writes into
     seen: Callable[[Any, tuple[Any, ...]], Tensor] = first
 
     def run(self, backend: str = "gpu") -> Any:
@@ -91,8 +94,7 @@ class Call(NamedTuple):
 
     def computed(self, backend: str) -> Tensor:
         """The same, but nothing that was given changes."""
-        own = self if self.filled is None else self._replace(given=tuple(
-            _copy(each) if number == self.filled else each for number, each in enumerate(self.given)))
+        own = self._replace(given=tuple(_copy(each) if number in self.filled else each for number, each in enumerate(self.given)))
         return own.seen(own.run(backend), own.given)
 
 
@@ -100,7 +102,9 @@ Maker: TypeAlias = Callable[[Sizes, int, Generator, str], Iterator[Call]]
 
 
 def _copy(given: Any) -> Any:
-    return given.clone() if isinstance(given, Tensor) else type(given)(*(each.clone() for each in given))
+    if isinstance(given, list):
+        return [_copy(each) for each in given]
+    return given.clone() if isinstance(given, Tensor) else type(given)(*map(_copy, given)) if isinstance(given, tuple) else given
 
 
 def _normal(random: Generator, *shape: int) -> Tensor:
@@ -257,7 +261,7 @@ def _caches(s: Sizes, tokens: int, random: Generator, _: str) -> Iterator[Call]:
             return unpack_kv(given[5], s.turned) if rounds == "kv" else unpack_index(given[5])
 
         yield Call("cache", "keep_keys", (x, 1 + 0.1 * _normal(random, width), 1e-6, _turns(random, tokens, s.turned // 2),
-                                          rounds, to, row), x.nbytes + to.nbytes, 0, tokens, rounds, filled=5, seen=read)
+                                          rounds, to, row), x.nbytes + to.nbytes, 0, tokens, rounds, filled=(5,), seen=read)
 
 
 def _compressor(s: Sizes, tokens: int, random: Generator, _: str) -> Iterator[Call]:
@@ -267,8 +271,39 @@ def _compressor(s: Sizes, tokens: int, random: Generator, _: str) -> Iterator[Ca
         kv, scores = _normal(random, tokens, width), _normal(random, tokens, width)
         pending = Pending(_normal(random, slots, width), _normal(random, slots, width))
         yield Call("compressor", "compress", (kv, scores, _normal(random, ratio, width), pending, ratio - 1),
-                   2 * kv.nbytes + 2 * pending.kv.nbytes, 0, tokens, f"ratio {ratio}", filled=3,
+                   2 * kv.nbytes + 2 * pending.kv.nbytes, 0, tokens, f"ratio {ratio}", filled=(3,),
                    seen=lambda found, given: torch.cat([found.flatten(), given[3].kv.flatten()]))
+
+
+def _prologue(s: Sizes, tokens: int, random: Generator, _: str) -> Iterator[Call]:
+    """A single token, the last of its groups, with index queries where there is an indexer."""
+    for ratio in (4, 128) if tokens == 1 else ():
+        table, at = _turns(random, 1, s.turned // 2), torch.tensor([ratio - 1], device=random.device)
+
+        def keeping(rounds: Rounding, d: int, nbytes: int, table: Tensor = table) -> Keeping:
+            to = torch.zeros(2, nbytes, dtype=torch.uint8, device=random.device)
+            return Keeping(1 + 0.1 * _normal(random, d), table, rounds, to, torch.ones(1, dtype=torch.int64, device=to.device))
+
+        kv, index = ("kv", s.head, kv_bytes(s.head, s.turned)), ("index", s.index_head, index_bytes(s.index_head))
+        parts = []
+        for kept in (kv, index)[:2 if ratio == 4 else 1]:
+            slots, width = Pending.shape(ratio, kept[1])
+            inputs = [_normal(random, rows, width) for rows in (1, 1, ratio, slots, slots)]
+            parts.append(Compression(*inputs[:3], Pending(*inputs[3:]), keeping(*kept)))
+        queries = Queries(_normal(random, 1, s.index_heads, s.index_head), table, "index") if ratio == 4 else None
+        nbytes = sum(2 * part.pending.kv.nbytes + 4 * part.kv.nbytes for part in parts) + (2 * queries.x.nbytes if queries else 0)
+        given = (_normal(random, 1, s.head), keeping(*kv), parts, queries, 1e-6, ratio - 1, at)
+        yield Call("prologue", "attention_prologue", given, nbytes, 0, tokens, f"ratio {ratio}", filled=(1, 2),
+                   seen=partial(_kept, s.turned))
+
+
+def _kept(turned: int, found: Any, given: tuple[Any, ...]) -> Tensor:
+    """Whatever a prologue leaves behind, its caches unpacked."""
+    _, keys, parts, *_ = given
+    rows = [unpack_kv(keys.to, turned), *(unpack_kv(part.entries.to, turned) if part.entries.rounding == "kv" else
+                                          unpack_index(part.entries.to) for part in parts)]
+    pending, queries = (part.pending.kv for part in parts), [] if found is None else [found]
+    return torch.cat([each.flatten() for each in (*rows, *pending, *queries)])
 
 
 def _routers(s: Sizes, tokens: int, random: Generator, _: str) -> Iterator[Call]:
@@ -293,6 +328,6 @@ MAKERS: Mapping[str, tuple[tuple[Maker, tuple[str, ...]], ...]] = {  # by operat
     "linear": ((_linear, tuple(LAYOUTS)), (_linears, ("",))), "moe": ((_moe, EXPERTS),),
     "residual": ((_project, ("",)), (_sublayer, EXPERTS)), "attention": ((_attention, ("",)),), "indexer": ((_indexer, ("",)),),
     "hyper": ((_hyper, ("",)),), "norm_rope": ((_norms, ("",)),), "rounding": ((_rounding, ("",)),),
-    "cache": ((_caches, ("",)),), "compressor": ((_compressor, ("",)),), "router": ((_routers, ("",)),),
-    "sampling": ((_sampling, ("",)),),
+    "cache": ((_caches, ("",)),), "compressor": ((_compressor, ("",)),), "prologue": ((_prologue, ("",)),),
+    "router": ((_routers, ("",)),), "sampling": ((_sampling, ("",)),),
 }  # fmt: skip
