@@ -26,17 +26,22 @@ from torch import Generator, Tensor
 
 from dsv4_kernels import backends, tuned
 from dsv4_kernels.attention import Entries
+from dsv4_kernels.cache.packed import pack_index, pack_kv
 from dsv4_kernels.linear import Weight
 from dsv4_kernels.moe import Expert, Experts
+from dsv4_kernels.residual import Residual
+from dsv4_kernels.router import Router
 from dsv4_kernels.tuned import Rows, Sizes
 from dsv4_kernels.unpack import LAYOUTS
 from dsv4_quant.formats import FORMATS
+from dsv4cli.model.recording import Record, recorder
 from tools.random_weights import packed
 
 WORTH = 0.9  # of the default's time: what a row has to save
 NEAR = 0.02  # relative error of a candidate against the default, both of bf16 products
 OVERLAP = 0.99  # of chosen entries: scores that are almost equal may change places
 EXPERTS = ("mxfp4", "fp4", "q8_0", "q4_k", "q2_k", "iq2_xxs")  # formats of routed experts
+DENSE = ("q8_0", "fp8_e4m3", "bf16")  # and of what every token meets
 _FEW: dict[str, tuple[int, ...]] = {"rows": (1, 2, 4, 8), "lanes": (256, 512), "warps": (2, 4, 8), "stages": (0,)}
 _MANY: dict[str, tuple[int, ...]] = {"tokens": (64, 128), "rows": (64, 128), "columns": (64, 128), "warps": (4, 8),
                                      "stages": (0, 2)}
@@ -45,7 +50,8 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "indexer.choose": {"scan": (1024, 2048, 4096, 8192), "warps": (4, 8, 16), "stages": (0,)},
     "indexer.score": {"keys": (16, 32, 64, 128), "tokens": (8,), "warps": (4, 8), "stages": (0,)},
     "linear.few": _FEW, "linear.many": _MANY, "linear.several": _FEW, "moe.down_few": _FEW, "moe.down_many": _MANY,
-    "moe.hidden_few": _FEW, "moe.hidden_many": _MANY,
+    "moe.hidden_few": _FEW, "moe.hidden_many": _MANY, "residual.down": _FEW, "residual.hide": _FEW, "residual.project": _FEW,
+    "residual.score": _FEW, "sampling.pieces": {"tokens": (512, 1024, 2048), "warps": (4, 8), "stages": (0,)},
 }  # fmt: skip
 Run: TypeAlias = Callable[[], Tensor]
 Timer: TypeAlias = Callable[[Run], float]
@@ -75,12 +81,13 @@ class Shapes(NamedTuple):
     width: int  # of an expert
     heads: int
     head: int  # channels of a head
+    turned: int  # the last of them, which positions turn
     entries: int
     chosen: int
 
 
-FLASH = Shapes(32768, 1024, 512, 64, 6, 4096, 2048, 64, 512, 32768, 512)
-TINY = Shapes(32, 256, 9, 2, 2, 64, 64, 2, 32, 48, 8)
+FLASH = Shapes(32768, 1024, 512, 64, 6, 4096, 2048, 64, 512, 64, 32768, 512)
+TINY = Shapes(32, 256, 9, 2, 2, 64, 64, 2, 80, 16, 48, 8)
 
 
 class Verdict(NamedTuple):
@@ -105,11 +112,15 @@ def trials(kernels: Sequence[str], formats: Sequence[str], shapes: Shapes, rando
         if op == "linear" and rest != "several":
             for name in (each for each in LAYOUTS if each in formats and (each, rest) != ("f32", "many")):
                 yield Trial(kernel, name, _linear(name, tokens, shapes, random))
-        elif op == "moe":
+        elif op == "moe" or rest in ("down", "hide"):
             for name in (each for each in EXPERTS if each in formats):
-                yield Trial(kernel, name, _experts(name, tokens, shapes, random))
+                yield Trial(kernel, name, (_experts if op == "moe" else _sublayer)(name, tokens, shapes, random))
+        elif rest == "project":
+            for name in (each for each in DENSE if each in formats):
+                yield Trial(kernel, name, _projected(name, shapes, random))
         else:
-            made = {"linear": _several, "attention": _attention, "indexer": _indexer}[op]
+            made = {"linear": _several, "attention": _attention, "indexer": _indexer, "residual": _scored,
+                    "sampling": _sampling}[op]
             yield Trial(kernel, "", made(shapes, random))
 
 
@@ -133,40 +144,88 @@ def _several(shapes: Shapes, random: Generator) -> Run:
     return lambda: torch.cat(gpu.linears(x, weights), -1)
 
 
+def _bank(name: str, shapes: Shapes, random: Generator) -> tuple[Experts, int]:
+    """Experts, and the width of what they are given."""
+    d, width = (max(size, FORMATS[name].block) for size in (shapes.d, shapes.width))
+    return Experts(Expert(packed(name, width, d, random), packed(name, width, d, random), packed(name, d, width, random))
+                   for _ in range(shapes.experts)), d
+
+
 def _experts(name: str, tokens: int, shapes: Shapes, random: Generator) -> Run:
     from dsv4_kernels.moe import gpu
 
-    d, width = (max(size, FORMATS[name].block) for size in (shapes.d, shapes.width))
-    experts = Experts(Expert(packed(name, width, d, random), packed(name, width, d, random), packed(name, d, width, random))
-                      for _ in range(shapes.experts))
+    experts, d = _bank(name, shapes, random)
     x, scores = _normal(random, tokens, d), _normal(random, tokens, shapes.experts)
     weights, chosen = scores.softmax(-1).topk(shapes.slots)
     return lambda: gpu.routed_experts(x, weights, chosen, experts, 10.0)
 
 
+def _into_streams(d: int, random: Generator) -> Residual:
+    """Where a token's output goes."""
+    return Residual(_normal(random, 1, 4, d), _normal(random, 1, 4).sigmoid(), _normal(random, 1, 4, 4).softmax(-1),
+                    _normal(random, 24, 4 * d) * (4 * d) ** -0.5)
+
+
+def _projected(name: str, shapes: Shapes, random: Generator) -> Run:
+    """A layer's `wo_b`."""
+    from dsv4_kernels.residual import gpu
+
+    weight = packed(name, shapes.d, 2 * shapes.d, random)
+    residual, x = _into_streams(shapes.d, random), _normal(random, 1, weight.shape[1])
+    return lambda: gpu.project_into_streams(x, weight, residual).streams
+
+
+def _sublayer(name: str, tokens: int, shapes: Shapes, random: Generator) -> Run:
+    """A layer's experts, from the router to the streams."""
+    from dsv4_kernels.residual import gpu
+
+    experts, d = _bank(name, shapes, random)
+    shared = Expert(*(packed(DENSE[0], *part.shape, random) for part in experts[0]))
+    router = Router(packed("bf16", shapes.experts, d, random), _normal(random, shapes.experts), None, shapes.slots, 1.5)
+    residual, x = _into_streams(d, random), _normal(random, tokens, d)
+    ids = torch.zeros(tokens, dtype=torch.int64, device=x.device)
+    return lambda: gpu.experts_into_streams(x, ids, router, shared, experts, 10.0, residual).streams
+
+
+def _scored(shapes: Shapes, random: Generator) -> Run:
+    return _sublayer(DENSE[0], 1, shapes, random)
+
+
 def _attention(shapes: Shapes, random: Generator) -> Run:
     from dsv4_kernels.attention import gpu
+    from dsv4_kernels.rounding.ref import round_kv
 
     q, sink = _normal(random, 1, shapes.heads, shapes.head), _normal(random, shapes.heads)
-    recent, kv = (_normal(random, count, shapes.head).bfloat16() for count in (128, shapes.entries))
+    recent, kv = (pack_kv(round_kv(_normal(random, count, shapes.head), shapes.turned), shapes.turned)
+                  for count in (128, shapes.entries))
     visible = torch.tensor([shapes.entries], device=random.device)
     chosen = torch.randperm(shapes.entries, generator=random, device=random.device)[None, :shapes.chosen].sort().values
-    return lambda: gpu.sparse_attention(q, recent, Entries(kv, visible, chosen), sink, 128)
+    turns = torch.polar(torch.ones(1, shapes.turned // 2, device=q.device), _normal(random, 1, shapes.turned // 2))
+    return lambda: gpu.sparse_attention(q, recent, Entries(kv, visible, chosen), sink, 128, turns, visible, 1e-6)
 
 
 def _indexer(shapes: Shapes, random: Generator) -> Run:
     from dsv4_kernels.indexer import gpu
+    from dsv4_kernels.rounding.ref import round_index
 
-    q, weights = _normal(random, 1, shapes.heads, 128), _normal(random, 1, shapes.heads)
-    keys, visible = _normal(random, shapes.entries, 128).bfloat16(), torch.tensor([shapes.entries], device=random.device)
+    q, weights = round_index(_normal(random, 1, shapes.heads, 128)), _normal(random, 1, shapes.heads)
+    keys, visible = pack_index(round_index(_normal(random, shapes.entries, 128))), torch.tensor([shapes.entries], device=q.device)
     return lambda: gpu.top_indices(q, weights, keys, visible, shapes.chosen)
 
 
+def _sampling(shapes: Shapes, random: Generator) -> Run:
+    from dsv4_kernels.sampling import Filters, gpu
+
+    logits = 3 * _normal(random, 4 * shapes.rows)
+    marks = torch.zeros(len(logits), dtype=torch.uint8, device=logits.device)
+    return lambda: gpu.sample(logits, marks, Filters(top_k=shapes.chosen, top_p=0.95), 1 << 52)
+
+
 def candidates(kernel: str, most: int | None = None) -> list[Sizes]:
-    """All combinations but the default one, or the first `most` of them."""
+    """All combinations but the default one, or the last `most` of them, whose programs are the fewest."""
     knobs = CANDIDATES[kernel]
     found: list[Sizes] = [dict(zip(knobs, each, strict=True)) for each in product(*knobs.values())]
-    return [each for each in found if each != tuned.default(kernel)][:most]
+    return [each for each in found if each != tuned.default(kernel)][-(most or 0):]
 
 
 def verdict(trial: Trial, timed: Timer, others: Iterable[Sizes]) -> Verdict:
@@ -213,7 +272,19 @@ def on_card(run: Run) -> float:
     """Median in ms, with weights out of the card's cache."""
     from triton.testing import do_bench
 
-    return float(do_bench(run, warmup=10, rep=60, return_mode="median"))
+    run()  # compiles
+    return float(do_bench(repeated(run, recorder(torch.device("cuda"))), warmup=10, rep=60, return_mode="median"))
+
+
+def repeated(run: Run, record: Record | None) -> Run:
+    """The same launches as a graph, as decoded tokens are, or describing them would be what is timed; `run` itself where they
+    cannot be recorded, as where the host reads something."""
+    if record is None:
+        return run
+    try:
+        return record(run).replay
+    except RuntimeError:
+        return run
 
 
 def by_clock(run: Run) -> float:
@@ -266,7 +337,7 @@ def main(arguments: Sequence[str] | None = None, table: Path = tuned.TABLE) -> i
     found = []
     print("| kernel | default ms | best ms | sizes | dropped |\n|---|---|---|---|---|")
     for trial in trials(kernels, chosen.formats, FLASH if card else TINY, random):
-        found.append(each := verdict(trial, on_card if card else by_clock, candidates(trial.kernel, None if card else 2)))
+        found.append(each := verdict(trial, on_card if card else by_clock, candidates(trial.kernel, None if card else 1)))
         said = ", ".join(f"{name} {size}" for name, size in each.sizes.items()) if each.worthwhile else "default"
         print(f"| {each.key} | {each.default_ms:.4f} | {each.best_ms:.4f} | {said} | {each.dropped} |", flush=True)
     if chosen.write:

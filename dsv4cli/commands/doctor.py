@@ -31,7 +31,7 @@ def doctor(
         "versions": machine.versions(),
         "cpu": machine.cpu(),
         "memory": machine.memory(),
-        "gpu": {**machine.gpu(), "models run on it": machine.card()},
+        "gpu": {**machine.gpu(), "models run on it": machine.card(), **machine.recorded()},
         "measured": machine.measured(),
         "paths": machine.places(),
         "settings": in_force(),

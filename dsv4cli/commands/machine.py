@@ -67,6 +67,31 @@ def card() -> str:
     return "yes, those that fit into its memory" + ("" if PROVEN else ", with --device cuda")
 
 
+def recorded() -> dict[str, str]:
+    """How a decoded token's launches reach the card; nothing where there is none that models can run on."""
+    from dsv4cli.engine.device import card_trouble
+
+    return {} if card_trouble() is not None else {"decoded tokens": tried("cuda")}
+
+
+def tried(device: str) -> str:
+    """What comes of recording a launch on this device."""
+    import torch
+
+    from dsv4cli.model.recording import Recording, recorder
+
+    where = torch.device(device)
+    try:
+        recording, ids = Recording(where, recorder(where)), torch.zeros(1, dtype=torch.int64, device=where)
+        for position in range(2):  # the second one is recorded
+            recording.run("trial", ids, position, lambda ids, position: ids + position)
+    except RuntimeError as failure:  # no memory left on the card, say
+        return f"nobody knows whether their launches can be recorded: {str(failure).partition(chr(10))[0]}"
+    if recording.trouble is not None:
+        return f"their launches are described one by one, since recording one failed: {recording.trouble}"
+    return "their launches are recorded once and replayed as a graph"
+
+
 def measured() -> dict[str, Any]:
     """The rates that `dsv4 doctor --measure` found, when, and on which disk and GPU."""
     from dsv4cli.engine.machine import load

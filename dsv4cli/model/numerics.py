@@ -11,11 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from dsv4_kernels.cache import Rounding
-from dsv4_kernels.norm_rope import rotate
-from dsv4_kernels.rounding import round_index
 from dsv4cli.model.sizes import demand_numerics
 
 
@@ -27,11 +24,7 @@ class Numerics:
     cache: torch.dtype = torch.float32
     exact: bool = True  # products take activations as they are, also where the weights are packed
     kv: Rounding = "none"  # of K=V vectors on their way into the cache
-    index: Rounding = "none"  # of index keys
-
-    def index_queries(self, x: Tensor, turns: Tensor) -> Tensor:
-        """What the indexer compares with its keys: queries [t, heads, index_head_dim], turned by turns complex [t, pairs]."""
-        return rotate(x, turns)
+    index: Rounding = "none"  # of index keys, and of the queries that meet them
 
 
 @dataclass(frozen=True)
@@ -43,9 +36,6 @@ class Official(Numerics):
     exact: bool = False
     kv: Rounding = "kv"
     index: Rounding = "index"
-
-    def index_queries(self, x: Tensor, turns: Tensor) -> Tensor:
-        return round_index(x, turns)
 
 
 NUMERICS = {each.name: each for each in (Numerics(), Official())}

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
 from dsv4_kernels import backends, speeds
 from dsv4cli import paths
@@ -18,6 +20,7 @@ from dsv4cli.console import in_bytes
 from dsv4cli.engine import device, measuring, memory
 from dsv4cli.engine.device import card_trouble
 from dsv4cli.engine.machine import load
+from dsv4cli.model import recording
 from tests.support.program import Outcome, environment
 from tests.support.synth import Checkpoint, Shape
 
@@ -180,6 +183,7 @@ def test_doctor_tells_of_each_operation_on_each_device(run_dsv4: Run, monkeypatc
     told = json.loads(run_dsv4("doctor", "--json").out)["backends"]
     assert told["moe on cuda"] == {"backend": None, "reason": card_trouble()}
     monkeypatch.setattr(device, "card_trouble", lambda: None)
+    monkeypatch.setattr(machine, "tried", lambda device: f"tried on {device}")
     exists = backends._exists
     monkeypatch.setattr(backends, "_exists", lambda op, name: exists(op, name) and (op, name) != ("router", "gpu"))
     backends.pick.cache_clear()
@@ -187,9 +191,29 @@ def test_doctor_tells_of_each_operation_on_each_device(run_dsv4: Run, monkeypatc
     assert told["moe on cuda"] == {"backend": "gpu", "reason": "gpu is written for cuda"}
     assert told["router on cuda"]["backend"] == "ref"
     shown = run_dsv4("doctor").out
+    assert "tried on cuda" in shown
     assert "  moe          cpu      gpu\n" in shown
     assert "  router       cpu      ref       cuda: router has no implementation of its own for cuda\n" in shown
     backends.pick.cache_clear()
+
+
+def test_doctor_tells_whether_tokens_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a stand-in records, where recording is refused, and where the card does not even compute."""
+    class Again:
+        def __init__(self, compute: Callable[[], Tensor]) -> None:
+            self.replay = compute
+
+    def refuse(compute: Callable[[], Tensor]) -> Again:
+        raise RuntimeError("not permitted while capturing\nand so on")
+
+    def broken(device: torch.device) -> None:
+        raise RuntimeError("out of memory")
+
+    for record, told in ((lambda device: Again, "recorded once and replayed as a graph"),
+                         (lambda device: refuse, "one by one, since recording one failed: not permitted while capturing"),
+                         (broken, "nobody knows whether their launches can be recorded: out of memory")):
+        monkeypatch.setattr(recording, "recorder", record)
+        assert machine.tried("cpu").endswith(told)
 
 
 def test_doctor_survives_a_machine_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ PROMPT = 10
 PRODUCTS = {"hyper", "linear", "moe", "residual", "router"}
 # Layers of no, 4 and 128 tokens to an entry: products, experts and streams; then everything.
 OF_PRODUCTS = (10, 9, 9)  # the first has nobody before it who sums for it
-ORDINARY, FULL_GROUP = (14, 19, 15), (14, 28, 15)
+ORDINARY, FULL_GROUP = (14, 16, 14), (14, 23, 14)
 AROUND = 22  # before the first layer and after the last one
 
 

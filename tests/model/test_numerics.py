@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dsv4_kernels.cache import keep_keys
 from dsv4_kernels.indexer import top_indices
-from dsv4_kernels.norm_rope import frequencies, rms_norm, rotate, turns
-from dsv4_kernels.rounding import hadamard, round_fp4, round_fp8, round_index
+from dsv4_kernels.norm_rope import rms_norm
+from dsv4_kernels.rounding import hadamard, round_fp4, round_fp8
 from dsv4cli.model.numerics import numerics_named
 from dsv4cli.model.transformer import Model
 from tests.model.conftest import Bound
@@ -63,7 +63,4 @@ def test_only_the_rotated_part_escapes_fp8() -> None:
         keep_keys(x, torch.ones(192), 1e-6, still, numerics_named(name).kv, to)
     assert torch.equal(kept["official"], torch.cat([round_fp8(normed[:, :128]), normed[:, 128:].to(torch.bfloat16).float()], -1))
     assert torch.equal(kept["plain"], normed)
-    assert numerics_named("plain").index == "none"
-    queries, turned = x.view(3, 3, 64), turns(torch.arange(3), frequencies(64, 10000))
-    assert torch.equal(numerics_named("plain").index_queries(queries, turned), rotate(queries, turned))
-    assert torch.equal(numerics_named("official").index_queries(queries, turned), round_index(rotate(queries, turned)))
+    assert [numerics_named(name).index for name in ("official", "plain")] == ["index", "none"]

@@ -45,8 +45,8 @@ def test_plain_numerics_compute_what_the_reference_computes(small: Path, request
         assert {backends.pick(op).name for op in backends.OPERATIONS} == {"gpu"}
         with backends.watched(lambda door, _: ran.add(door)):
             fast = walked(Model.bind(open_source(small), numerics="plain", expand_limit=0), SIZES)
-    assert {"linears", "grouped_linear", "mix_streams", "compress", "top_indices", "sparse_attention", "project_into_streams",
-            "experts_into_streams"} <= ran
+    assert {"linears", "grouped_linear", "mix_streams", "attention_prologue", "top_indices", "sparse_attention",
+            "project_into_streams", "experts_into_streams"} <= ran
     request.getfixturevalue("on_reference")
     model = Model.bind(open_source(small), numerics="plain", expand_limit=0)
     assert_close(fast, walked(model, SIZES), CHUNKS)

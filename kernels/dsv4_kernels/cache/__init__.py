@@ -31,20 +31,27 @@ def keep_keys(x: Tensor, norm: Tensor, eps: float, turns: Tensor, rounding: Roun
     runs, so a recorded launch may be repeated for another. Raises ValueError when shapes differ, for a rounding that there is
     not, or where blocks do not fit d.
     """
-    demand_shape("norm weight", norm, x.shape[-1])
-    demand_shape("turns", turns, x.shape[0], None)
+    t, d = x.shape
+    demand_keys(t, d, norm, turns, rounding, to, row)
+    pick("cache", x.device.type, backend).module.keep_keys(x, norm, eps, turns, rounding, to, row)
+
+
+def demand_keys(t: int, d: int, norm: Tensor, turns: Tensor, rounding: Rounding, to: Tensor, row: Tensor | None) -> None:
+    """Raises ValueError unless t vectors of d values can be kept so (see `keep_keys`)."""
+    demand_shape("norm weight", norm, d)
+    demand_shape("turns", turns, t, None)
     if rounding not in get_args(Rounding):
         raise ValueError(f"there is no rounding {rounding!r}; there are {', '.join(get_args(Rounding))}")
     if rounding != "none":
-        still = x.shape[-1] - 2 * turns.shape[-1]
-        demand_multiple("rounded part", still if rounding == "kv" else x.shape[-1], KV_BLOCK if rounding == "kv" else INDEX_BLOCK)
-    width = x.shape[1]
+        still = d - 2 * turns.shape[-1]
+        demand_multiple("rounded part", still if rounding == "kv" else d, KV_BLOCK if rounding == "kv" else INDEX_BLOCK)
+    width = d
     if to.dtype == uint8:
         if rounding == "none":
             raise ValueError("keys that are not rounded cannot be packed")
-        width = index_bytes(width) if rounding == "index" else kv_bytes(width, 2 * turns.shape[-1])
-    demand_shape("cache rows", to, x.shape[0] if row is None else None, width)
+        width = index_bytes(d) if rounding == "index" else kv_bytes(d, 2 * turns.shape[-1])
+    demand_shape("cache rows", to, t if row is None else None, width)
     if row is not None:
         demand_shape("row", row, 1)
-        demand_shape("x", x, 1, None)
-    pick("cache", x.device.type, backend).module.keep_keys(x, norm, eps, turns, rounding, to, row)
+        if t != 1:
+            raise ValueError(f"a row takes the only key, but there are {t}")

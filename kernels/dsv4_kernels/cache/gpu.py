@@ -34,14 +34,24 @@ def form(rows: Tensor) -> int:
 
 def keep_keys(x: Tensor, norm: Tensor, eps: float, turns: Tensor, rounding: Rounding, to: Tensor,
               row: Tensor | None = None) -> None:
-    (t, d), pairs = x.shape, turns.shape[1]
-    fits = x.dtype == norm.dtype == float32 and turns.dtype == complex64 and to.dtype in (*CACHED, uint8) and to.is_contiguous()
-    if not fits or not t or d % 2 or (rounding == "index" and d != padded(d)):
+    if x.dtype != float32 or not len(x) or not fits(x.shape[1], norm, turns, rounding, to):
         ref.keep_keys(x, norm, eps, turns, rounding, to, row)
         return
-    width = padded(d, KV_BLOCK if rounding == "kv" else 2)  # whole blocks
-    _keep_keys[(t,)](dense(x), dense(norm), real(turns), to, to if row is None else row, d, pairs, eps, ROUND=NUMBERS[rounding],
-                     PLACED=row is not None, FORM=form(to), WIDTH=width, BITS=width.bit_length() - 1, num_warps=warps(width))
+    (t, d), width = x.shape, tile(x.shape[1], rounding)
+    _keep_keys[(t,)](dense(x), dense(norm), real(turns), to, to if row is None else row, d, turns.shape[1], eps,
+                     ROUND=NUMBERS[rounding], PLACED=row is not None, FORM=form(to), WIDTH=width, BITS=width.bit_length() - 1,
+                     num_warps=warps(width))
+
+
+def fits(d: int, norm: Tensor, turns: Tensor, rounding: Rounding, to: Tensor) -> bool:
+    """Whether `keep_key` makes such keys of float32 vectors."""
+    known = norm.dtype == float32 and turns.dtype == complex64 and to.dtype in (*CACHED, uint8) and to.is_contiguous()
+    return known and not d % 2 and (rounding != "index" or d == padded(d))
+
+
+def tile(d: int, rounding: Rounding) -> int:
+    """Values of a program that keeps a key of d: whole blocks."""
+    return padded(d, KV_BLOCK if rounding == "kv" else 2)
 
 
 @triton.jit
@@ -49,13 +59,21 @@ def _keep_keys(x: Pointer, norm: Pointer, angles: Pointer, to: Pointer, place: P
                ROUND: tl.constexpr, PLACED: tl.constexpr, FORM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr) -> None:
     """Row `token` of `to`; if PLACED the one that `place` names, as it is when the kernel runs."""
     token, channel = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    value = tl.load(x + token * d + channel, channel < d, 0.0)
-    value *= tl.rsqrt(tl.sum(value * value, 0) / d + eps)
-    value *= tl.load(norm + channel, channel < d, 0.0)
-    value = _turned_tail(value, angles + token * pairs * 2, d, pairs, WIDTH)
     row = token
     if PLACED:
         row = tl.load(place)
+    value = tl.load(x + token * d + channel, channel < d, 0.0)
+    keep_key(value, norm, angles + token * pairs * 2, to, row, d, pairs, eps, ROUND, FORM, WIDTH, BITS)
+
+
+@triton.jit
+def keep_key(value: Block, norm: Pointer, angles: Pointer, to: Pointer, row: Block, d: int, pairs: int, eps: float,
+             ROUND: tl.constexpr, FORM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr) -> None:
+    """value [WIDTH], zeros behind d, becomes row `row` of `to`: normed, turned by what lies at `angles`, rounded, written."""
+    channel = tl.arange(0, WIDTH)
+    value *= tl.rsqrt(tl.sum(value * value, 0) / d + eps)
+    value *= tl.load(norm + channel, channel < d, 0.0)
+    value = _turned_tail(value, angles, d, pairs, WIDTH)
     if ROUND == ROUND_INDEX:
         value = tl.reshape(turned(tl.reshape(value, (1, WIDTH)), 1, WIDTH, BITS), (WIDTH,))
     if FORM == PACKED and ROUND == ROUND_KV:

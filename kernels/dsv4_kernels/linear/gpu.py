@@ -83,9 +83,9 @@ def few_tile(layout: Layout, tokens: int, subs: int, rows: int, sizes: Sizes) ->
     return max(1, most // 2 if tokens > 4 or rows < 1024 else most), padded(min(subs, sizes["lanes"] // layout.lanes))
 
 
-def kind_of(w: Matrix, tokens: int) -> tuple[str, int, int, int, int]:
+def kind_of(w: Matrix, tokens: int, kernel: str = "linear.several") -> tuple[str, int, int, int, int]:
     """What a launch for several matrices is compiled for of each: format, fields, lanes, and the tile of a program."""
-    return (w.format, *w.layout, *few_tile(w.layout, tokens, w.subs, w.rows, tuned("linear.several", w.data.device, w.format)))
+    return (w.format, *w.layout, *few_tile(w.layout, tokens, w.subs, w.rows, tuned(kernel, w.data.device, w.format)))
 
 
 def many_tile(w: Layout, tokens: int, exact: bool, sizes: Sizes) -> tuple[int, int, int]:

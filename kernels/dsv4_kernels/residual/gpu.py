@@ -30,12 +30,14 @@ from dsv4_kernels.router.gpu import score
 from dsv4_kernels.tuned import default, options, tuned
 from dsv4_kernels.unpack import LAYOUTS, Matrix, matrix
 
+KERNEL = "residual.score"  # whose tiles the router and the shared expert share
+
 
 def project_into_streams(x: Tensor, weight: Weight, residual: Residual) -> Joined:
     found = matrix(weight)
     if found is None or not _few(x, residual):
         return Joined(spread_streams(linear(x, weight), *residual[:3]))
-    tokens, sizes = len(x), tuned("linear.few", x.device, found.format)
+    tokens, sizes = len(x), tuned("residual.project", x.device, found.format)
     rows, subs = few_tile(found.layout, tokens, found.subs, found.rows, sizes)
     programs = triton.cdiv(found.rows, rows)
     joined, given, constants = _joined(residual, programs)
@@ -92,11 +94,11 @@ def _scored(x: Tensor, known: Known, limit: float) -> tuple[Tensor, Tensor]:
     """The router's products [t, experts], and the shared expert's hidden values [t, width]."""
     (tokens, cols), scores, (gate, up, *_) = x.shape, known.gate, known.common
     logits, hidden = (alloc.empty((tokens, w.rows), float32, x.device) for w in (scores, gate))
-    kinds = (kind_of(scores, tokens), halved(kind_of(gate, tokens), tokens))
+    kinds = (kind_of(scores, tokens, KERNEL), halved(kind_of(gate, tokens, KERNEL), tokens))
     _score[(triton.cdiv(scores.rows, kinds[0][3]) + triton.cdiv(gate.rows, kinds[1][3]),)](
         x, (scores.data, scores.apart, logits, scores.rows, scores.subs, scores.row_bytes, scores.apart_cols),
         (gate.data, gate.apart, up.data, up.apart, hidden, gate.rows, gate.subs, gate.row_bytes, gate.apart_cols), tokens, cols,
-        limit, KINDS=kinds, TOKENS=padded(tokens), **options(tuned("linear.several", x.device)))
+        limit, KINDS=kinds, TOKENS=padded(tokens), **options(tuned(KERNEL, x.device)))
     return logits, hidden
 
 
@@ -114,7 +116,7 @@ def _hidden_of(x: Tensor, logits: Tensor, ids: Tensor, router: Router, bank: Ban
     slots = by.shape[1] if hashed else router.k
     hidden = alloc.empty((tokens * slots, gate.rows), float32, x.device)
     chosen = alloc.empty((tokens, slots), int64, x.device)
-    sizes = tuned("moe.hidden_few", x.device, gate.format)
+    sizes = tuned("residual.hide", x.device, gate.format)
     rows, subs = few_tile(gate.layout, 1, gate.subs, gate.rows, sizes)
     _choose_and_hide[(triton.cdiv(gate.rows, rows), tokens * slots)](
         x, logits, dense(by), ids, bank.offsets, gate.data, gate.apart, bank.up.data, bank.up.apart, hidden, chosen, slots,
@@ -126,7 +128,7 @@ def _hidden_of(x: Tensor, logits: Tensor, ids: Tensor, router: Router, bank: Ban
 
 def _back(hidden: Tensor, chosen: Tensor, common: Tensor, known: Known, residual: Residual) -> Joined:
     (tokens, slots), down, last, bank = chosen.shape, known.bank.down, known.common.down, known.bank
-    sizes = tuned("moe.down_few", hidden.device, down.format)
+    sizes = tuned("residual.down", hidden.device, down.format)
     rows, subs = few_tile(down.layout, 1, down.subs, down.rows, sizes)
     kind = (last.format, *last.layout, few_tile(last.layout, 1, last.subs, last.rows, sizes)[1])
     programs = triton.cdiv(down.rows, rows)
@@ -276,11 +278,11 @@ def _cases() -> tuple[Case, ...]:
     found = []
     for tokens, name in ((1, "q8_0"), (8, "q8_0"), (1, "fp8_e4m3")):
         layout = LAYOUTS[name]
-        rows, subs = few_tile(layout, tokens, 256, 4096, default("linear.few"))
+        rows, subs = few_tile(layout, tokens, 256, 4096, default("residual.project"))
         found.append(Case(_project, f"*fp32 *u8 *u8 {join} i32 {sizes}", {
             "FORMAT": name, "FIELDS": layout.fields, "LANES": layout.lanes, "TOKENS": padded(tokens), "ROWS": rows, "SUBS": subs,
             "S": 4, "M": 32}))
-        kinds = tuple((each, *LAYOUTS[each], *few_tile(LAYOUTS[each], tokens, 128, 1024, default("linear.several")))
+        kinds = tuple((each, *LAYOUTS[each], *few_tile(LAYOUTS[each], tokens, 128, 1024, default(KERNEL)))
                       for each in ("bf16" if name == "fp8_e4m3" else "f32", name))
         kinds = (kinds[0], halved(kinds[1], tokens))
         found.append(Case(_score, "*fp32 (*u8 *u8 *fp32 i32:16 i32:16 i32:16 i32) "
@@ -289,12 +291,12 @@ def _cases() -> tuple[Case, ...]:
     for name, other, hashed in (("mxfp4", "q8_0", False), ("fp4", "fp8_e4m3", True), ("q4_k", "q8_0", False),
                                 ("q2_k", "q8_0", False), ("iq2_xxs", "q8_0", False)):
         layout, last, apart = LAYOUTS[name], LAYOUTS[other], {"iq2_xxs": "*i32"}.get(name, "*u8")
-        rows, subs = few_tile(layout, 1, 64, 2048, default("moe.hidden_few"))
+        rows, subs = few_tile(layout, 1, 64, 2048, default("residual.hide"))
         about = {"FORMAT": name, "FIELDS": layout.fields, "LANES": layout.lanes, "UNIT": 16, "ROWS": rows, "SUBS": subs}
         by = "*i64" if hashed else "*fp32"
         found.append(Case(_choose_and_hide, f"*fp32 *fp32 {by} *i64 *i64 *u8 {apart} *u8 {apart} *fp32 *i64 i32 i32 i32 fp32 "
                           f"{sizes} fp32", {"HASHED": hashed, "N": 256, "K": 8, **about}))
-        kind = (other, *last, few_tile(last, 1, 64, 4096, default("moe.down_few"))[1])
+        kind = (other, *last, few_tile(last, 1, 64, 4096, default("residual.down"))[1])
         found.append(Case(_down, f"*fp32 *i64 *i64 *u8 {apart} *fp32 (*u8 *u8 i32:16 i32:16 i32:16 i32) {join} i32 i32 {sizes}",
                           {**about, "KIND": kind, "S": 4, "M": 32}))
     return tuple(found)

@@ -205,6 +205,13 @@ def _round_kv(x: Pointer, out: Pointer, d: int, rotated: int, BLOCKS: tl.constex
 def _turn(x: Pointer, angles: Pointer, out: Pointer, count: int, heads: int, pairs: int, ROTATE: tl.constexpr,
           ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    turn_rows(x, angles, out, row, count, heads, pairs, ROTATE, True, ROUND, ROWS, WIDTH, BITS)
+
+
+@triton.jit
+def turn_rows(x: Pointer, angles: Pointer, out: Pointer, row: Block, count: int, heads: int, pairs: int, ROTATE: tl.constexpr,
+              HADAMARD: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr) -> None:
+    """Rows [ROWS, 1] of x [count, WIDTH], `heads` of them a token's: turned to the token's place, by Hadamard, rounded to FP4."""
     place = tl.arange(0, WIDTH)[None, :]
     values = tl.load(x + row * WIDTH + place, row < count, 0.0)
     if ROTATE:
@@ -214,7 +221,8 @@ def _turn(x: Pointer, angles: Pointer, out: Pointer, count: int, heads: int, pai
         angle = angles + (row // heads * pairs + (place - still) // 2) * 2
         cosine, sine = tl.load(angle, turning, 1.0), tl.load(angle + 1, turning, 0.0)
         values = tl.where(turning, values * cosine + other * tl.where((place & 1) == 1, sine, -sine), values)
-    values = turned(values, ROWS, WIDTH, BITS)
+    if HADAMARD:
+        values = turned(values, ROWS, WIDTH, BITS)
     if ROUND:
         values = tl.reshape(rounded_fp4(tl.reshape(values, (ROWS * WIDTH // INDEX, INDEX))), (ROWS, WIDTH))
     tl.store(out + row * WIDTH + place, values, row < count)
