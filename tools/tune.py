@@ -34,7 +34,7 @@ from dsv4_kernels.router import Router
 from dsv4_kernels.tuned import Rows, Sizes
 from dsv4_kernels.unpack import LAYOUTS
 from dsv4_quant.formats import FORMATS
-from dsv4cli.model.recording import Record, recorder
+from dsv4cli.model.recording import Record, alone, recorder
 from tools.random_weights import packed
 
 WORTH = 0.9  # of the default's time: what a row has to save
@@ -51,7 +51,7 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
     "indexer.score": {"keys": (16, 32, 64, 128), "tokens": (8,), "warps": (4, 8), "stages": (0,)},
     "linear.few": _FEW, "linear.many": _MANY, "linear.several": _FEW, "moe.down_few": _FEW, "moe.down_many": _MANY,
     "moe.hidden_few": _FEW, "moe.hidden_many": _MANY, "residual.down": _FEW, "residual.hide": _FEW, "residual.project": _FEW,
-    "residual.score": _FEW,
+    "residual.score": _FEW, "sampling.pieces": {"tokens": (512, 1024, 2048), "warps": (4, 8), "stages": (0,)},
 }  # fmt: skip
 Run: TypeAlias = Callable[[], Tensor]
 Timer: TypeAlias = Callable[[Run], float]
@@ -119,7 +119,8 @@ def trials(kernels: Sequence[str], formats: Sequence[str], shapes: Shapes, rando
             for name in (each for each in DENSE if each in formats):
                 yield Trial(kernel, name, _projected(name, shapes, random))
         else:
-            made = {"linear": _several, "attention": _attention, "indexer": _indexer, "residual": _scored}[op]
+            made = {"linear": _several, "attention": _attention, "indexer": _indexer, "residual": _scored,
+                    "sampling": _sampling}[op]
             yield Trial(kernel, "", made(shapes, random))
 
 
@@ -212,6 +213,14 @@ def _indexer(shapes: Shapes, random: Generator) -> Run:
     return lambda: gpu.top_indices(q, weights, keys, visible, shapes.chosen)
 
 
+def _sampling(shapes: Shapes, random: Generator) -> Run:
+    from dsv4_kernels.sampling import Filters, gpu
+
+    logits = 3 * _normal(random, 4 * shapes.rows)
+    marks = torch.zeros(len(logits), dtype=torch.uint8, device=logits.device)
+    return lambda: gpu.sample(logits, marks, Filters(top_k=shapes.chosen, top_p=0.95), 1 << 52)
+
+
 def candidates(kernel: str, most: int | None = None) -> list[Sizes]:
     """All combinations but the default one, or the last `most` of them, whose programs are the fewest."""
     knobs = CANDIDATES[kernel]
@@ -273,7 +282,7 @@ def repeated(run: Run, record: Record | None) -> Run:
     if record is None:
         return run
     try:
-        return record(run).replay
+        return alone(record, run).replay
     except RuntimeError:
         return run
 

@@ -38,9 +38,10 @@ def cpu() -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    from dsv4cli.engine.memory import available_memory
+    from dsv4cli.engine.memory import address_space, available_memory, swapped_bytes
 
-    return {"installed": {"bytes": _installed_memory()}, "control group's limit": {"bytes": _group_limit()},
+    return {"installed": {"bytes": _installed_memory()}, "in swap": {"bytes": swapped_bytes()},
+            "control group's limit": {"limit": _group_limit()}, "left to map (ulimit -v)": {"limit": address_space()},
             "available to a model": {"bytes": available_memory()}}
 
 
@@ -64,6 +65,31 @@ def card() -> str:
     if trouble is not None:
         return f"no: {trouble}"
     return "yes, those that fit into its memory" + ("" if PROVEN else ", with --device cuda")
+
+
+def recorded() -> dict[str, str]:
+    """How a decoded token's launches reach the card; nothing where there is none that models can run on."""
+    from dsv4cli.engine.device import card_trouble
+
+    return {} if card_trouble() is not None else {"decoded tokens": tried("cuda")}
+
+
+def tried(device: str) -> str:
+    """What comes of recording a launch on this device."""
+    import torch
+
+    from dsv4cli.model.recording import Recording, recorder
+
+    where = torch.device(device)
+    try:
+        recording, ids = Recording(where, recorder), torch.zeros(1, dtype=torch.int64, device=where)
+        for position in range(2):  # the second one is recorded
+            recording.run("trial", ids, position, lambda ids, position, by_host: ids + position)
+    except RuntimeError as failure:  # no memory left on the card, say
+        return f"nobody knows whether their launches can be recorded: {str(failure).partition(chr(10))[0]}"
+    if recording.trouble is not None:
+        return f"their launches are described one by one, since recording one failed: {recording.trouble}"
+    return "their launches are recorded once and replayed as a graph"
 
 
 def measured() -> dict[str, Any]:

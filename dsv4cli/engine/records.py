@@ -24,6 +24,7 @@ class Token:
     memory_bytes    weights plus state, in bytes; rss_bytes is the process's resident memory (0 where unknown)
     tool_calls      complete on the final record: [{"id", "type": "function", "function": {"name", "arguments"}}]
     finish          None until the final record
+    unrecorded      on a card, why the launches of decoded tokens are described one by one and not replayed as a graph; else None
     """
 
     id: int | None
@@ -40,3 +41,4 @@ class Token:
     rss_bytes: int = 0
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     finish: Finish | None = None
+    unrecorded: str | None = None

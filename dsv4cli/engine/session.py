@@ -51,6 +51,13 @@ class Session:
         """Bytes of the state and of the snapshots."""
         return self._state.nbytes + self._shelf.nbytes
 
+    @property
+    def unrecorded(self) -> str | None:
+        """On a card, why the launches of decoded tokens are described one by one; None where they are recorded, where none was
+        decoded yet, and on the CPU, where nothing would be."""
+        recording = self._state.recording
+        return None if recording is None else recording.trouble
+
     def sync(self, ids: Sequence[int], *, marks: Iterable[int] = (), progress: Progress | None = None,
              cancel: Cancel | None = None) -> Tensor:
         """Brings the timeline to exactly `ids` and returns the logits [vocab], float32, of the last one.

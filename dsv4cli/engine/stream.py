@@ -149,7 +149,7 @@ class Scribe:
             prompt_tok_s=rate(self._prompt_tokens - session.reused, clock.prompt_seconds),
             decode_tok_s=rate(self._count - 1, clock.decode_seconds),
             memory_bytes=session.engine.weight_bytes + session.nbytes, rss_bytes=resident_bytes(),
-            tool_calls=list(calls), finish=finish)
+            tool_calls=list(calls), finish=finish, unrecorded=session.unrecorded)
 
 
 def _go_on_unless(stopped: Callable[[], bool]) -> None:

@@ -96,6 +96,19 @@ def recorder(device: torch.device) -> Record | None:
     return lambda: CudaGraph(pool, stream)
 
 
+def alone(record: Record, launch: Callable[[], object]) -> Piece:
+    """What `launch` launches as a piece of its own, not computed yet. Raises RuntimeError where that cannot be recorded."""
+    piece = record()
+    try:
+        piece.begin()
+        launch()
+        piece.end()
+    except BaseException:
+        piece.abandon()
+        raise
+    return piece
+
+
 class Run(NamedTuple):
     """Pieces of a token, what the host does behind each but the last, and where the result lies."""
 
@@ -157,12 +170,12 @@ class Recording:
             out = compute(self._ids, self._position, by_host)
             pieces[-1].end()
             self._runs[kind] = Run(pieces, acts, out)
-        except RuntimeError as failure:
-            pieces[-1].abandon()
+        except BaseException as failure:
+            for piece in pieces[-1:]:
+                piece.abandon()
+            if not isinstance(failure, RuntimeError):
+                raise
             self.trouble = str(failure).partition("\n")[0]
-        except BaseException:
-            pieces[-1].abandon()
-            raise
         return self.trouble is None
 
     def _record(self, device: torch.device) -> Record | None:

@@ -6,6 +6,7 @@ All are powers of two. Every kernel has `warps` and `stages` (of its loops' load
     tokens, rows, columns  of a program for many tokens; formats of several fields have half the columns
     keys, programs         attention: keys of a tile, and programs that keep the card busy
     keys, tokens; scan     indexer: entries and tokens of a program; scores that are looked at together when choosing
+    tokens                 sampling: of the vocabulary, in a program; all programs' sums are looked at together
 """
 
 from __future__ import annotations

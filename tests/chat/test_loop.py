@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dsv4cli import paths
-from dsv4cli.chat import slash, transcript
+from dsv4cli.chat import slash, transcript, turn
 from dsv4cli.engine.records import Token
 from dsv4cli.errors import Interrupted, UsageError
 from tests.chat.conftest import Talk
@@ -127,6 +128,12 @@ def test_set_refuses(talk: Talk, line: str, sentence: str) -> None:
 def test_stats_on_request(talk: Talk) -> None:
     _, screen = talk(["a", "/set stats on", "b c"])
     assert screen.notes == ["stats is on.", "prompt 6 tokens, 12.0 tok/s · answer 10 tokens, 40.0 tok/s"]
+
+
+def test_stats_tell_why_a_card_is_slower_than_it_could_be() -> None:
+    token = Token(1, "a", "answer", 0, 6, 0, 0.5, 0.25, 12.0, 40.0, 1000, finish="stop")
+    assert turn.rates(replace(token, unrecorded="it waits for the card")) == (
+        f"{turn.rates(token)} · decoded tokens are not replayed as a graph: it waits for the card")
 
 
 def test_status_and_show(talk: Talk) -> None:

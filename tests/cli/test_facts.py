@@ -10,15 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsv4_kernels import backends, speeds
 from dsv4cli import paths
 from dsv4cli.commands import doctor, machine
 from dsv4cli.console import in_bytes
-from dsv4cli.engine import device, measuring
+from dsv4cli.engine import device, measuring, memory
 from dsv4cli.engine.device import card_trouble
 from dsv4cli.engine.machine import load
+from dsv4cli.model import recording
 from tests.support.program import Outcome, environment
+from tests.support.replay import Replay
 from tests.support.synth import Checkpoint, Shape
 
 Run = Callable[..., Outcome]
@@ -180,6 +183,7 @@ def test_doctor_tells_of_each_operation_on_each_device(run_dsv4: Run, monkeypatc
     told = json.loads(run_dsv4("doctor", "--json").out)["backends"]
     assert told["moe on cuda"] == {"backend": None, "reason": card_trouble()}
     monkeypatch.setattr(device, "card_trouble", lambda: None)
+    monkeypatch.setattr(machine, "tried", lambda device: f"tried on {device}")
     exists = backends._exists
     monkeypatch.setattr(backends, "_exists", lambda op, name: exists(op, name) and (op, name) != ("router", "gpu"))
     backends.pick.cache_clear()
@@ -187,17 +191,42 @@ def test_doctor_tells_of_each_operation_on_each_device(run_dsv4: Run, monkeypatc
     assert told["moe on cuda"] == {"backend": "gpu", "reason": "gpu is written for cuda"}
     assert told["router on cuda"]["backend"] == "ref"
     shown = run_dsv4("doctor").out
+    assert "tried on cuda" in shown
     assert "  moe          cpu      gpu\n" in shown
     assert "  router       cpu      ref       cuda: router has no implementation of its own for cuda\n" in shown
     backends.pick.cache_clear()
+
+
+def test_doctor_tells_whether_tokens_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a stand-in records, where recording is refused, and where the card does not even compute."""
+    def refuse() -> Replay:
+        raise RuntimeError("not permitted while capturing\nand so on")
+
+    def broken(device: torch.device) -> None:
+        raise RuntimeError("out of memory")
+
+    for record, told in ((lambda device: Replay, "recorded once and replayed as a graph"),
+                         (lambda device: refuse, "one by one, since recording one failed: not permitted while capturing"),
+                         (broken, "nobody knows whether their launches can be recorded: out of memory")):
+        monkeypatch.setattr(recording, "recorder", record)
+        assert machine.tried("cpu").endswith(told)
 
 
 def test_doctor_survives_a_machine_that_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_text", lambda path: "")
     monkeypatch.setattr(machine, "_installed_memory", lambda: None)
     assert machine.cpu()["instructions"] == []
-    assert machine.memory()["control group's limit"] == {"bytes": None}
+    assert machine.memory()["control group's limit"] == {"limit": None}
     assert doctor._in_words({"bytes": None}) == "unknown"
+
+
+def test_doctor_tells_limits_from_what_nobody_knows(run_dsv4: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_group_limit", lambda: None)
+    monkeypatch.setattr(memory, "address_space", lambda: 3 * 10**9)
+    monkeypatch.setattr(memory, "swapped_bytes", lambda: 2 * 10**9)
+    rows = dict(line.strip().split("  ", 1) for line in run_dsv4("doctor").out.split("memory\n")[1].split("\n\n")[0].splitlines())
+    assert {name: value.strip() for name, value in rows.items() if name not in ("installed", "available to a model")} == {
+        "in swap": "2.0 GB", "control group's limit": "none", "left to map (ulimit -v)": "3.0 GB"}
 
 
 @pytest.mark.parametrize(("files", "limit"), [

@@ -16,6 +16,7 @@ from dsv4cli.encoding.texts import ASSISTANT, BOS, DSML, END_THINK, EOS, THINK, 
 from dsv4cli.encoding.tokenizer import ALPHABET, Tokenizer
 from dsv4cli.engine.engine import Engine
 from dsv4cli.engine.memory import MemoryPlan
+from dsv4cli.model.recording import Recording
 from dsv4cli.model.state import Snapshot
 
 PLACEHOLDER = "<｜place▁holder▁no▁0｜>"
@@ -50,6 +51,7 @@ class MockState:
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self.position = 0
+        self.recording: Recording | None = None
         self.vector = torch.zeros(8, dtype=torch.float64)
 
     @property

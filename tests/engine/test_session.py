@@ -11,6 +11,7 @@ from torch import Tensor
 from dsv4cli.engine import session as session_module
 from dsv4cli.engine.session import Session
 from dsv4cli.errors import Interrupted, UsageError
+from dsv4cli.model.recording import Recording
 from tests.engine.mock_model import VOCABULARY, Recurrent, engine_of
 
 
@@ -33,6 +34,13 @@ def computed(session: Session) -> list[int]:
 
 def fresh(ids: list[int]) -> Tensor:
     return engine_of(Recurrent()).session().sync(ids)
+
+
+def test_a_card_whose_tokens_are_not_recorded_is_told_of(session: Session) -> None:
+    session.sync([1, 2, 3])
+    assert session.unrecorded is None
+    session._state.recording = Recording(torch.device("cpu"), lambda device: None)
+    assert session.unrecorded == "nothing records launches here"
 
 
 IDS = st.lists(st.integers(0, 3), min_size=1, max_size=40)

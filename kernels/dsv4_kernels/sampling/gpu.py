@@ -1,8 +1,9 @@
 """Sampling in Triton; only the chosen id is ever read by the host.
 
 Programs own pieces of the vocabulary: they make scores and find the greatest, then chances, whose sums are whole numbers; one
-program finds the piece and the token that the draw points at. With top-k or top-p one program looks for the score at which they
-cut, two bits at a time, which is a pass over the vocabulary for each two bits: no sorting, and ties are cut by id.
+program finds the piece and the token that the draw points at. The score at which top-k or top-p cuts is found digit by digit, in
+eight launches of four bits, in which every program counts how much of its piece has which digit: no sorting, nothing is added
+atomically, and ties are cut by id, for the last counts say how many of them the pieces before have.
 """
 
 from __future__ import annotations
@@ -15,32 +16,49 @@ from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
 from dsv4_kernels.gpu import Block, Pointer, dense, in_order, padded
 from dsv4_kernels.sampling import UNIT, Filters, ref
+from dsv4_kernels.tuned import options, tuned
 
-PIECE = 1024  # tokens of a program; the vocabulary's pieces are looked at together, so they should be few hundred
-TILE = 4096  # tokens that the program which cuts looks at together
+LEVELS = 8  # digits of a score's key
+BITS, DIGITS = tl.constexpr(4), tl.constexpr(16)  # of a digit, and how many there are
 
 
 def sample(logits: Tensor, marks: Tensor, filters: Filters, draw: int) -> Tensor:
     n, device = len(logits), logits.device
     if logits.dtype != float32 or not 0 < n < 1 << 24:
         return ref.sample(logits, marks, filters, draw)
-    logits, marks, pieces = dense(logits), dense(marks), triton.cdiv(n, PIECE)
+    sizes = tuned("sampling.pieces", device)
+    logits, marks, pieces = dense(logits), dense(marks), triton.cdiv(n, sizes["tokens"])
+    shape = {"PIECE": sizes["tokens"], **options(sizes)}
     scores, best = alloc.empty((n,), float32, device), alloc.empty((pieces,), int64, device)
-    chosen, cut = alloc.empty((1,), int64, device), alloc.empty((2,), int64, device)
-    _prepare[(pieces,)](logits, marks, scores, best, n, filters.penalty, PIECE=PIECE)
+    chosen = alloc.empty((1,), int64, device)
+    _prepare[(pieces,)](logits, marks, scores, best, n, filters.penalty, **shape)
     if filters.temperature == 0:
         _first[(1,)](best, chosen, pieces, PIECES=padded(pieces))
         return chosen
     chances, sums = alloc.empty((n,), int64, device), alloc.empty((pieces,), int64, device)
-    _weigh[(pieces,)](scores, best, chances, sums, n, pieces, filters.temperature, PIECE=PIECE, PIECES=padded(pieces), UNIT=UNIT)
-    count, by_mass = filters.top_k if 0 < filters.top_k < n else 0, filters.top_p < 1
-    if count or by_mass:
-        _cut[(1,)](scores, chances, cut, n, count, filters.top_p, COUNTED=count > 0, WEIGHED=by_mass,
-                   TILE=min(TILE, padded(n)), num_warps=16)
-    if count or by_mass or filters.min_p > 0:
-        _filter[(pieces,)](scores, chances, sums, cut, n, filters.min_p, CUT=bool(count or by_mass), PIECE=PIECE, UNIT=UNIT)
-    _draw[(1,)](best, chances, sums, chosen, n, pieces, draw >> 27, draw & (1 << 27) - 1, PIECE=PIECE, PIECES=padded(pieces))
+    _weigh[(pieces,)](scores, best, chances, sums, n, pieces, filters.temperature, PIECES=padded(pieces), UNIT=UNIT,
+                      **shape)
+    if 0 < filters.top_k < n:
+        _keep(scores, chances, sums, filters.top_k, 1.0, shape)
+    if filters.top_p < 1:
+        _keep(scores, chances, sums, 0, filters.top_p, shape)
+    if filters.min_p > 0:
+        _filter[(pieces,)](scores, chances, sums, sums, sums, n, pieces, 0, filters.min_p, CUT=False, BY_MASS=True, LEVELS=LEVELS,
+                           PIECES=padded(pieces), UNIT=UNIT, **shape)
+    _draw[(1,)](best, chances, sums, chosen, n, pieces, draw >> 27, draw & (1 << 27) - 1, PIECES=padded(pieces),
+                **shape)
     return chosen
+
+
+def _keep(scores: Tensor, chances: Tensor, sums: Tensor, count: int, top_p: float, shape: dict[str, int]) -> None:
+    """Chances become 0 but for the `count` likeliest tokens', or if count is 0 for those that reach a share top_p of the sum."""
+    n, pieces, device = len(scores), len(sums), scores.device
+    parts = alloc.empty((LEVELS, pieces, DIGITS.value), int64, device)
+    path = alloc.empty((LEVELS, 2), int64, device)
+    about = {"BY_MASS": count == 0, "PIECES": padded(pieces), **shape}
+    for level in range(LEVELS):
+        _digits[(pieces,)](scores, chances, sums, parts, path, n, pieces, count, top_p, level, **about)
+    _filter[(pieces,)](scores, chances, sums, parts, path, n, pieces, count, 0.0, CUT=True, LEVELS=LEVELS, UNIT=UNIT, **about)
 
 
 @triton.jit
@@ -95,10 +113,9 @@ def _weigh(scores: Pointer, best: Pointer, chances: Pointer, sums: Pointer, n: i
 
 
 @triton.jit
-def _tile(scores: Pointer, chances: Pointer, first: int, n: int, BY_MASS: tl.constexpr,
-          TILE: tl.constexpr) -> tuple[Block, Block, Block]:
-    """(ids, keys, and what each counts: its chance, or one)."""
-    token = first + tl.arange(0, TILE)
+def _piece(scores: Pointer, chances: Pointer, n: int, BY_MASS: tl.constexpr, PIECE: tl.constexpr) -> tuple[Block, Block, Block]:
+    """(ids, keys, and what each token counts: its chance, or one) of a program's own tokens."""
+    token = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
     key = tl.where(token < n, _key(tl.load(scores + token, token < n, 0.0)), -1)
     if BY_MASS:
         value = tl.load(chances + token, token < n, 0)
@@ -108,64 +125,61 @@ def _tile(scores: Pointer, chances: Pointer, first: int, n: int, BY_MASS: tl.con
 
 
 @triton.jit
-def _edge(scores: Pointer, chances: Pointer, n: int, needed: Block, BY_MASS: tl.constexpr,
-          TILE: tl.constexpr) -> tuple[Block, Block]:
-    """(key, id) of the last token of the likeliest that together count `needed`; of equal keys the lower ids come first."""
-    edge = needed * 0
-    for step in range(16):
-        unit = (needed * 0 + 1) << (30 - 2 * step)
-        one, two = tl.zeros((TILE,), tl.int64), tl.zeros((TILE,), tl.int64)
-        three = tl.zeros((TILE,), tl.int64)
-        for first in range(0, n, TILE):
-            _, key, value = _tile(scores, chances, first, n, BY_MASS, TILE)
-            one += tl.where(key >= edge + unit, value, 0)
-            two += tl.where(key >= edge + 2 * unit, value, 0)
-            three += tl.where(key >= edge + 3 * unit, value, 0)
-        one, two, three = tl.sum(one, 0), tl.sum(two, 0), tl.sum(three, 0)
-        edge += unit * ((one >= needed).to(tl.int64) + (two >= needed).to(tl.int64) + (three >= needed).to(tl.int64))
-    above = tl.zeros((TILE,), tl.int64)
-    for first in range(0, n, TILE):
-        _, key, value = _tile(scores, chances, first, n, BY_MASS, TILE)
-        above += tl.where(key > edge, value, 0)
-    left, last = needed - tl.sum(above, 0), needed * 0 - 1
-    for first in range(0, n, TILE):
-        token, key, value = _tile(scores, chances, first, n, BY_MASS, TILE)
-        value = tl.where(key == edge, value, 0)
-        fits = (key == edge) & (tl.cumsum(value, 0) - value < left)
-        last = tl.maximum(last, tl.max(tl.where(fits, token, -1), 0).to(tl.int64))
-        left -= tl.sum(value, 0)
-    return edge, last
+def _reached(sums: Pointer, parts: Pointer, path: Pointer, pieces: int, level: int, count: int, top_p: float,
+             BY_MASS: tl.constexpr, PIECES: tl.constexpr) -> tuple[Block, Block]:
+    """(the first `level` digits of the key at which is cut, how much of what has these digits is kept)."""
+    piece, digit = tl.arange(0, PIECES), tl.arange(0, DIGITS)
+    if level == 0:
+        prefix = tl.cast(level, tl.int64)
+        needed = tl.cast(count, tl.int64)
+        if BY_MASS:
+            total = tl.sum(tl.load(sums + piece, piece < pieces, 0), 0)
+            needed = tl.maximum(tl.ceil(tl.cast(top_p, tl.float64) * total.to(tl.float64)).to(tl.int64), 1)
+    else:
+        before = path + 2 * (level - 1)
+        prefix, needed = tl.load(before), tl.load(before + 1)
+        row = (level - 1) * pieces + piece
+        own = tl.sum(tl.load(parts + row[:, None] * DIGITS + digit[None, :], (piece < pieces)[:, None], 0), 0)
+        above = tl.sum(own, 0) - tl.cumsum(own, 0)  # how much has a greater digit
+        here = (above < needed) & (above + own >= needed)  # true of one digit
+        prefix += tl.sum(tl.where(here, digit, 0), 0).to(tl.int64) << (32 - BITS * level)
+        needed -= tl.sum(tl.where(here, above, 0), 0)
+    return prefix, needed
+
+
+@triton.jit(do_not_specialize=["count", "level"])
+def _digits(scores: Pointer, chances: Pointer, sums: Pointer, parts: Pointer, path: Pointer, n: int, pieces: int, count: int,
+            top_p: float, level: int, BY_MASS: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr) -> None:
+    """parts [levels, pieces, DIGITS]: of a piece's tokens whose key begins as the one at which is cut, how much has which digit
+    next. path [levels, 2]: how that key begins, and how much of what begins so is kept."""
+    prefix, needed = _reached(sums, parts, path, pieces, level, count, top_p, BY_MASS, PIECES)
+    if tl.program_id(0) == 0:
+        tl.store(path + 2 * level, prefix)
+        tl.store(path + 2 * level + 1, needed)
+    _, key, value = _piece(scores, chances, n, BY_MASS, PIECE)
+    shift = 32 - BITS * level
+    value = tl.where((key >> shift) == (prefix >> shift), value, 0)
+    own = (key >> (shift - BITS)) & (DIGITS - 1)
+    to = parts + (level * pieces + tl.program_id(0)) * DIGITS
+    for digit in range(DIGITS):
+        tl.store(to + digit, tl.sum(tl.where(own == digit, value, 0), 0))
 
 
 @triton.jit(do_not_specialize=["count"])
-def _cut(scores: Pointer, chances: Pointer, cut: Pointer, n: int, count: int, top_p: float, COUNTED: tl.constexpr,
-         WEIGHED: tl.constexpr, TILE: tl.constexpr) -> None:
-    """Where top-k cuts, or top-p what it leaves: that cut is never lower, since it needs no more than there is."""
-    if COUNTED:
-        edge, last = _edge(scores, chances, n, tl.cast(count, tl.int64), False, TILE)
-        tl.store(cut, edge)
-        tl.store(cut + 1, last)
-    if WEIGHED:
-        total = tl.zeros((TILE,), tl.int64)
-        for first in range(0, n, TILE):
-            token, key, value = _tile(scores, chances, first, n, True, TILE)
-            if COUNTED:
-                value = tl.where((key > edge) | ((key == edge) & (token <= last)), value, 0)
-            total += value
-        needed = tl.ceil(tl.cast(top_p, tl.float64) * tl.sum(total, 0).to(tl.float64)).to(tl.int64)
-        edge, last = _edge(scores, chances, n, tl.maximum(needed, 1), True, TILE)
-        tl.store(cut, edge)
-        tl.store(cut + 1, last)
-
-
-@triton.jit
-def _filter(scores: Pointer, chances: Pointer, sums: Pointer, cut: Pointer, n: int, min_p: float, CUT: tl.constexpr,
-            PIECE: tl.constexpr, UNIT: tl.constexpr) -> None:
-    token, key, chance = _tile(scores, chances, tl.program_id(0) * PIECE, n, True, PIECE)
+def _filter(scores: Pointer, chances: Pointer, sums: Pointer, parts: Pointer, path: Pointer, n: int, pieces: int, count: int,
+            min_p: float, CUT: tl.constexpr, BY_MASS: tl.constexpr, LEVELS: tl.constexpr, PIECE: tl.constexpr,
+            PIECES: tl.constexpr, UNIT: tl.constexpr) -> None:
+    """What is beyond the cut if there is one, or less likely than min_p times the likeliest, becomes 0."""
+    token, key, value = _piece(scores, chances, n, BY_MASS, PIECE)
+    chance = tl.load(chances + token, token < n, 0)
     chance = tl.where(chance.to(tl.float64) >= tl.cast(min_p, tl.float64) * (1 << UNIT), chance, 0)
     if CUT:
-        edge, last = tl.load(cut), tl.load(cut + 1)
-        chance = tl.where((key > edge) | ((key == edge) & (token <= last)), chance, 0)
+        edge, left = _reached(sums, parts, path, pieces, LEVELS, count, 1.0, BY_MASS, PIECES)
+        piece = tl.arange(0, PIECES)
+        equal = parts + ((LEVELS - 1) * pieces + piece) * DIGITS + (edge & (DIGITS - 1))
+        tie = tl.where(key == edge, value, 0)
+        before = tl.sum(tl.load(equal, piece < tl.program_id(0), 0), 0) + tl.cumsum(tie, 0) - tie
+        chance = tl.where((key > edge) | ((key == edge) & (before < left)), chance, 0)
     tl.store(chances + token, chance, token < n)
     tl.store(sums + tl.program_id(0), tl.sum(chance, 0))
 
@@ -192,7 +206,9 @@ AHEAD = (
     Case(_prepare, "*fp32 *u8 *fp32 *i64 i32:16 fp32", {"PIECE": 1024}),
     Case(_first, "*i64 *i64 i32", {"PIECES": 128}),
     Case(_weigh, "*fp32 *i64 *i64 *i64 i32:16 i32 fp32", {"PIECE": 1024, "PIECES": 128, "UNIT": 40}),
-    Case(_cut, "*fp32 *i64 *i64 i32:16 i32 fp32", {"COUNTED": True, "WEIGHED": True, "TILE": 4096}, warps=16),
-    Case(_filter, "*fp32 *i64 *i64 *i64 i32:16 fp32", {"CUT": True, "PIECE": 1024, "UNIT": 40}),
+    Case(_digits, "*fp32 *i64 *i64 *i64 *i64 i32:16 i32 i32 fp32 i32", {"BY_MASS": True, "PIECE": 1024, "PIECES": 128}),
+    Case(_digits, "*fp32 *i64 *i64 *i64 *i64 i32:16 i32 i32 fp32 i32", {"BY_MASS": False, "PIECE": 1024, "PIECES": 128}),
+    Case(_filter, "*fp32 *i64 *i64 *i64 *i64 i32:16 i32 i32 fp32",
+         {"CUT": True, "BY_MASS": True, "LEVELS": LEVELS, "PIECE": 1024, "PIECES": 128, "UNIT": 40}),
     Case(_draw, "*i64 *i64 *i64 *i64 i32:16 i32 i32 i32", {"PIECE": 1024, "PIECES": 128}),
 )
