@@ -64,7 +64,24 @@ def report(message: str, hint: str = "") -> None:
 
 
 def note(text: str) -> None:
-    err().print(_escaped(text), style="note")
+    """A remark on stderr, or where `notes_to` says."""
+    if _takers:
+        _takers[-1](text)
+    else:
+        err().print(_escaped(text), style="note")
+
+
+_takers: list[Callable[[str], None]] = []
+
+
+@contextmanager
+def notes_to(take: Callable[[str], None]) -> Iterator[None]:
+    """While this lasts, remarks go to whoever draws on the terminal and knows where there is room for them."""
+    _takers.append(take)
+    try:
+        yield
+    finally:
+        _takers.remove(take)
 
 
 def print_json(value: Any) -> None:
@@ -91,10 +108,22 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]], right: Sequenc
 
 
 def pairs(rows: Sequence[tuple[str, str]], indent: str = "") -> None:
-    """Names and values on stdout, aligned."""
+    """Names and values on stdout, aligned; on a terminal long values are folded at their blanks."""
     wide = max((len(name) for name, _ in rows), default=0)
+    room = max(20, _width(sys.stdout) - len(indent) - wide - 2) if sys.stdout.isatty() else 0
     for name, value in rows:
-        print(f"{indent}{bold(name.ljust(wide))}  {value}")
+        lines = wrap(value, room, break_long_words=False, break_on_hyphens=False) if room else []
+        print(f"{indent}{bold(name.ljust(wide))}  {lines[0] if lines else value}")
+        for line in lines[1:]:
+            print(f"{indent}{' ' * wide}  {line}")
+
+
+def _width(terminal: TextIO) -> int:
+    """Columns of a terminal, 80 where it does not tell."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def panel(title: str, rows: Sequence[tuple[str, str]], columns: int) -> str:
@@ -118,7 +147,7 @@ def show_panel(facts: Callable[[], Sequence[tuple[str, str]]], quiet: bool) -> N
     if quiet or not sys.stderr.isatty():
         return
     if coloured(sys.stderr):
-        text = panel("dsv4", facts(), os.get_terminal_size(sys.stderr.fileno()).columns or 80)
+        text = panel("dsv4", facts(), _width(sys.stderr))
     else:
         text = "\n".join(aligned(facts()))
     print(text, file=sys.stderr, flush=True)

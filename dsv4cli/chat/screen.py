@@ -54,7 +54,7 @@ class TerminalScreen:
     def answering(self) -> Iterator[View]:
         """A view that draws one answer; on leaving, what is unfinished is finished."""
         turn = _Turn(self._console, self._quiet)
-        with silent_keys(), turn.region:
+        with silent_keys(), turn.region, console.notes_to(turn.remark):
             try:
                 yield turn
             finally:
@@ -93,6 +93,10 @@ class _Turn:
             self._settle()
             if token.tool_calls:
                 self.region.above(*(Text(describe_call(call), style="hint") for call in token.tool_calls))
+
+    def remark(self, text: str) -> None:
+        """What somebody says about the machine meanwhile."""
+        self.region.above(Text(text, style="note"))
 
     def finish(self) -> None:
         with self.region.lock:

@@ -120,6 +120,8 @@ def _in_words(value: Any) -> str:
             return "not measured" if rate is None else f"{rate / 1e9:.1f} billion multiply-adds/s"
         case {"seconds": spent}:
             return "not measured" if spent is None else f"{spent * 1e6:.0f} microseconds"
+        case {"limit": limit}:
+            return "none" if limit is None else console.in_bytes(limit)
         case {"bytes": size}:
             return "unknown" if size is None else console.in_bytes(size)
     return _word(value)

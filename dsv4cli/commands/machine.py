@@ -38,9 +38,10 @@ def cpu() -> dict[str, Any]:
 
 
 def memory() -> dict[str, Any]:
-    from dsv4cli.engine.memory import available_memory
+    from dsv4cli.engine.memory import address_space, available_memory, swapped_bytes
 
-    return {"installed": {"bytes": _installed_memory()}, "control group's limit": {"bytes": _group_limit()},
+    return {"installed": {"bytes": _installed_memory()}, "in swap": {"bytes": swapped_bytes()},
+            "control group's limit": {"limit": _group_limit()}, "left to map (ulimit -v)": {"limit": address_space()},
             "available to a model": {"bytes": available_memory()}}
 
 

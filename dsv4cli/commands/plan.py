@@ -49,7 +49,7 @@ def plan(
     made = planned(chosen["ctx"])
     parts, counts = tiers.by_tier(header, made), tiers.placed(made)
     foretold = rates.foretell(header, made, numerics, machine.load())
-    notes = advice.to_speed_up(header, made) if made.runs else []
+    notes = [*advice.left_out(made, len(cards)), *(advice.to_speed_up(header, made) if made.runs else [])]
     if json:
         console.print_json({"name": entry.name, "numerics": numerics, **asdict(made), "needed": made.needed, "fits": made.fits,
                             "least": made.least, "runs": made.runs, "on_disk": made.on_disk, "tiers": parts,

@@ -69,15 +69,17 @@ def carry_out(plan: Plan, importance: Importance | None, workers: int | None, fo
     with console.working("opening torch…", quiet):
         from dsv4_quant.convert import convert, device_called, settle
         from dsv4_quant.files import open_source
+        from dsv4cli.model.files import MappedFiles
 
         source = open_source(plan.source.path)
+        files = MappedFiles(source)
     if plan.weighed and importance is None and not quiet:
         console.note("Without --imatrix a column matters as much as its weights' energy; dsv4 imatrix makes a better guide.")
     started = time.monotonic()
     with console.resumable(plan.output):
         with view.reporting(quiet) as report:
             convert(plan, source, importance=importance, workers=workers, device=device_called(chosen["device"]), force=force,
-                    settled=not check, report=report)
+                    settled=not check, report=report, intact=files.demand_unchanged)
         if not quiet:
             view.print_written(plan, time.monotonic() - started)
         if check:

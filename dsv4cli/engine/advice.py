@@ -40,6 +40,13 @@ def demand_fit(header: Header, name: str, made: MemoryPlan, replan: Replan) -> N
         raise CapacityError(error.message, to_run(header, made, replan)) from None
 
 
+def left_out(made: MemoryPlan, cards: int) -> list[str]:
+    """For a plan that has no layer for some of so many cards: that they are of no use."""
+    idle = cards - len(made.cards)
+    many = f"{idle} of the {cards} GPUs have" if idle > 1 else f"1 of the {cards} GPUs has"
+    return [f"{many} no layer: a layer needs more memory, or the model is too small to be dealt out."] if idle else []
+
+
 def to_speed_up(header: Header, made: MemoryPlan) -> list[str]:
     """For a plan that runs with experts on the disk: what would keep all of them in memory."""
     if not made.on_disk:

@@ -25,6 +25,7 @@ from dsv4cli.engine.memory import (
 from dsv4cli.engine.rates import Foretold, foretell
 from dsv4cli.engine.sampling import Sampling
 from dsv4cli.errors import CapacityError, CorruptError, UsageError
+from dsv4cli.model.files import MappedFiles
 from dsv4cli.model.slots import Room
 
 RECOMMENDED = ("temperature", "top_p", "min_p", "top_k", "repetition_penalty")  # keys of generation_config.json
@@ -141,6 +142,7 @@ def fingerprint_of(source: Source, numerics: str) -> str:
     No two trainings share that norm, and no two quantisations the size; reading all weights would take minutes.
     """
     facts = json.dumps([source.raw_config, numerics, source.tensor_bytes], sort_keys=True, default=str)
-    digest = hashlib.sha256(facts.encode())
+    digest, files = hashlib.sha256(facts.encode()), MappedFiles(source)
     digest.update(source.read("norm.weight").float().contiguous().numpy().data)
+    files.demand_unchanged()
     return digest.hexdigest()

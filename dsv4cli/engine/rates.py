@@ -157,6 +157,8 @@ def foretell(header: Header, plan: MemoryPlan, numerics: str, profile: Profile |
     From a full context, at the disk's rate for scattered pieces, to an empty one, at that of reading in order; a rate may be
     wrong by EXACT either way.
     """
+    if not plan.runs:
+        return Foretold.nothing("it does not fit")
     if plan.expands:
         return Foretold.nothing("so small a model waits for its calls more than for its weights")
     if plan.cards:

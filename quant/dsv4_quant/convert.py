@@ -64,11 +64,13 @@ def convert(
     force: bool = False,
     settled: bool = True,
     report: Report = lambda done, total, name: None,
+    intact: Callable[[], None] = lambda: None,
 ) -> None:
     """Writes the plan's files, going on where an earlier run of the same work was stopped. Arguments and errors are
     those of `Conversion`; after KeyboardInterrupt what was finished is noted. Unless it is `settled` by this alone, the journal
     stays beside the finished files until `settle`, and the same call finds them done."""
-    with Conversion(plan, source, importance=importance, workers=workers, device=device, force=force, report=report) as work:
+    with Conversion(plan, source, importance=importance, workers=workers, device=device, force=force, report=report,
+                    intact=intact) as work:
         work.encode(work.todo())
         work.finish()
         if settled:
@@ -145,20 +147,22 @@ class Halted(Exception):  # noqa: N818 - not an error: the work was told to stop
 class Conversion:
     """The work on a plan's files: `encode` pieces in any order, `finish` when all are done, `forget` when the files are safe.
 
-    Without an importance matrix the weights' own energy stands in. With `force` existing output is replaced and another's
-    unfinished work given up. Entering raises WrongUse for output that exists, other unfinished work, and importance of another
-    model, and NotEnoughRoom; NotEnoughRoom is also what a full disk becomes on leaving.
+    Without an importance matrix the weights' own energy stands in. `intact` raises where the source changed or could not be
+    read; it is asked before anything is noted, so that nothing made of a damaged source counts as done. With `force`
+    existing output is replaced and another's unfinished work given up. Entering raises WrongUse for output that exists, other
+    unfinished work, and importance of another model, and NotEnoughRoom, which is also what a full disk becomes on leaving.
     """
 
     def __init__(
         self, plan: Plan, source: Source, *, importance: Importance | None = None, workers: int | None = None,
         device: str = "cpu", force: bool = False, report: Report = lambda done, total, name: None,
+        intact: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         if importance is None and plan.weighed:
             importance = WeightEnergy(source)
         elif importance is not None:
             _check_importance(plan, importance)
-        self.plan, self.source, self.report = plan, source, report
+        self.plan, self.source, self.report, self._intact = plan, source, report, intact
         self.work = plan.fingerprint(importance.fingerprint if importance else "", torch.device(device).type)
         self.total = sum(target.nbytes for target in plan.targets)
         self.done = 0  # bytes
@@ -219,8 +223,8 @@ class Conversion:
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
                 self._fresh += [future.result().number for future in running if _went_well(future)]
-                self._note()
                 torch.set_num_threads(threads)
+                self._note()
 
     def halt(self) -> None:
         """Ends `encode` soon, whichever thread is in it."""
@@ -250,6 +254,7 @@ class Conversion:
 
     def _note(self) -> None:
         self._drafts.sync()
+        self._intact()
         self._journal.add(self._fresh)
         self._fresh, self._noted = [], time.monotonic()
 

@@ -160,6 +160,18 @@ def test_the_cursor_is_visible_again_and_keys_are_echoed_after_an_answer(start: 
     terminal.wait_for(">>> echoed")
 
 
+def test_a_remark_in_the_middle_of_an_answer_stands_above_it(start: Start) -> None:
+    """Written past the region it would be drawn over, or the region drawn into it."""
+    terminal = start(delay=0.02)
+    terminal.type("remark two three four five six\r")
+    terminal.wait_for("You said: remark two three four five six")
+    terminal.wait_for_prompt()
+    shown = terminal.lines()
+    begin = shown.index("The GPU has less free memory.")
+    assert shown[begin:begin + 2] == ["The GPU has less free memory.", "You said: remark two three four five six"]
+    assert terminal.shown().count("You said:") == 1
+
+
 def test_no_color_means_no_escape_sequences(start: Start) -> None:
     terminal = start(env={"NO_COLOR": "1"})
     terminal.type("markdown\r")

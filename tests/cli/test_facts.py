@@ -17,7 +17,7 @@ from dsv4_kernels import backends, speeds
 from dsv4cli import paths
 from dsv4cli.commands import doctor, machine
 from dsv4cli.console import in_bytes
-from dsv4cli.engine import device, measuring
+from dsv4cli.engine import device, measuring, memory
 from dsv4cli.engine.device import card_trouble
 from dsv4cli.engine.machine import load
 from dsv4cli.model import recording
@@ -220,8 +220,17 @@ def test_doctor_survives_a_machine_that_tells_nothing(monkeypatch: pytest.Monkey
     monkeypatch.setattr(machine, "_text", lambda path: "")
     monkeypatch.setattr(machine, "_installed_memory", lambda: None)
     assert machine.cpu()["instructions"] == []
-    assert machine.memory()["control group's limit"] == {"bytes": None}
+    assert machine.memory()["control group's limit"] == {"limit": None}
     assert doctor._in_words({"bytes": None}) == "unknown"
+
+
+def test_doctor_tells_limits_from_what_nobody_knows(run_dsv4: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_group_limit", lambda: None)
+    monkeypatch.setattr(memory, "address_space", lambda: 3 * 10**9)
+    monkeypatch.setattr(memory, "swapped_bytes", lambda: 2 * 10**9)
+    rows = dict(line.strip().split("  ", 1) for line in run_dsv4("doctor").out.split("memory\n")[1].split("\n\n")[0].splitlines())
+    assert {name: value.strip() for name, value in rows.items() if name not in ("installed", "available to a model")} == {
+        "in swap": "2.0 GB", "control group's limit": "none", "left to map (ulimit -v)": "3.0 GB"}
 
 
 @pytest.mark.parametrize(("files", "limit"), [

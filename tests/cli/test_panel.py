@@ -78,3 +78,14 @@ def test_run_says_it_on_a_terminal(more: tuple[str, ...], env: dict[str, str], f
     assert ("numerics" in terminal.shown()) == (first is not None)
     assert first is None or shown[0].startswith(first)
     assert "NO_COLOR" not in env or b"\x1b" not in terminal.written
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are a Unix thing")
+def test_long_values_are_folded_at_blanks_on_a_terminal() -> None:
+    terminal = Terminal(["-m", "dsv4cli", "plan", "tiny"], columns=50, rows=60)
+    assert terminal.wait_for_end() == 0
+    lines = terminal.lines()
+    terminal.close()
+    first = next(number for number, line in enumerate(lines) if line.startswith("decode"))
+    assert lines[first:first + 2] == ["decode   not known: so small a model waits for its",
+                                      "         calls more than for its weights"]

@@ -89,9 +89,12 @@ def test_a_machine_with_cards(run_dsv4: Run, tmp_path: Path) -> None:
     assert sum(made["tiers"]["GPU"].values()) <= 660_000_000
     done = run_dsv4("plan", model, "--ctx", "512", "--vram", "1GB,1GB")
     assert done.out.split("\n")[0].split() == ["PURPOSE", "GPU", "0", "GPU", "1", "RAM"]
-    done = run_dsv4("plan", model, "--vram", "100MB")
+    done = run_dsv4("plan", model, "--vram", "100MB", "--json")
     assert done.code == 3
     assert "memory of the GPU" in done.err
+    assert json.loads(done.out)["decode"]["why"] == "it does not fit"
+    done = run_dsv4("plan", model, "--ctx", "512", "--vram", "1GB,100MB")
+    assert (done.code, "1 of the 2 GPUs has no layer" in done.out) == (0, True)
 
 
 def test_a_size_that_is_none(run_dsv4: Run) -> None:

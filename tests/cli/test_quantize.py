@@ -15,6 +15,7 @@ import pexpect
 import pytest
 import torch
 
+from dsv4_kernels import backends
 from dsv4_quant import convert, imatrix, schema
 from dsv4_quant.files import open_source
 from dsv4_quant.files.headers import read_header
@@ -261,3 +262,30 @@ def test_a_terminal_gets_a_bar(source: Path, tmp_path: Path) -> None:
     child.close()
     assert child.exitstatus == 0
     assert "100 %" in (child.before or "")
+
+
+CUT_SHORT = """
+import contextlib, os, sys
+from dsv4cli import cli
+from dsv4cli.commands import quantize_view as view
+
+@contextlib.contextmanager
+def reporting(quiet):
+    yield lambda done, total, name: os.truncate(sys.argv[1], 4096)
+
+view.reporting = reporting
+cli.main(["quantize", os.path.dirname(sys.argv[1]), "-o", sys.argv[2], "--recipe", "mxfp4", "--workers", "1", "-q"])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32" or backends.cpu_trouble() is not None, reason="nobody watches here")
+def test_a_source_that_is_cut_short_while_it_is_read(tmp_path: Path) -> None:
+    """Not a signal, and nothing that was made of zeros counts as done."""
+    folder = Checkpoint(Shape(stages=1), seed=1).write(tmp_path / "random")
+    (weights,) = folder.glob("*.safetensors")
+    done = subprocess.run([sys.executable, "-c", CUT_SHORT, str(weights), str(tmp_path / "o.gguf")], capture_output=True,
+                          text=True, env=environment(), timeout=100)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert f"{weights} was cut short while it was in use" in done.stderr
+    assert not (tmp_path / "o.gguf").exists()
+    assert len((tmp_path / "o.gguf.journal").read_text().splitlines()) == 1  # the work's name alone

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,10 @@ import pytest
 from dsv4_quant.errors import CorruptFile, QuantError, UnsupportedModel
 from dsv4_quant.files import gguf_header, open_source
 from dsv4_quant.files.gguf_tokenizer import tokenizer_json
+from dsv4_quant.files.headers import read_header
 from tests.hostile.conftest import opens_or_is_refused, refused
 from tests.hostile.forge import ARRAY, STRING, Gguf, array, text
+from tests.support.program import environment
 
 F32, Q8_0 = 0, 8
 W = ("w", (32,), F32, 0)  # 128 bytes
@@ -306,3 +312,40 @@ def test_tokenizer_keys(name: str, kind: int, value: Any, says: str, tmp_path: P
     with pytest.raises(CorruptFile) as caught:
         tokenizer_json(metadata, "m.gguf")
     assert says in caught.value.message
+
+
+@pytest.mark.parametrize("first", [24, 30, 4096])
+def test_a_header_longer_than_what_is_read_at_first(first: int, valid_gguf: Path, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, cut = gguf_header.read(valid_gguf), tmp_path / "cut.gguf"
+    cut.write_bytes(valid_gguf.read_bytes()[:5000])
+    monkeypatch.setattr(gguf_header, "FIRST_READ", first)
+    assert gguf_header.read(valid_gguf) == whole
+    with pytest.raises(CorruptFile, match="the file has"):
+        gguf_header.read(cut)
+
+
+def test_a_disk_that_fails_in_the_header(valid_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read fails with an error; what is mapped would fail with a signal."""
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, "Input/output error", str(valid_gguf))
+
+    monkeypatch.setattr(Path, "open", lambda path, mode: Failing())
+    with pytest.raises(CorruptFile, match="cannot be read: Input/output error") as caught:
+        read_header(valid_gguf)
+    assert "disk failed" in caught.value.hint
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of the address space are Linux's")
+def test_a_header_needs_no_room_for_its_file(tmp_path: Path) -> None:
+    """A file of 8 GB in an address space of 2."""
+    forged = Gguf(tensors=[("w", (1 << 31,), F32, 0)])
+    path = tmp_path / "large.gguf"
+    forged.write(path)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + (1 << 33))
+    code = (f"import resource\nfrom pathlib import Path\nresource.setrlimit(resource.RLIMIT_AS, ({1 << 31}, {1 << 31}))\n"
+            f"from dsv4_quant.files import gguf_header\nprint(len(gguf_header.read(Path({str(path)!r})).tensors))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=False)
+    assert (done.stdout, done.stderr) == ("1\n", "")

@@ -124,3 +124,22 @@ def test_signals_of_other_maps_are_left_to_others(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")], capture_output=True, text=True, env=environment())
     assert done.stdout == "0 8192\n"
     assert done.returncode == -7
+
+
+@watching
+def test_a_file_that_is_cut_short_before_its_weights_are_bound(folder: Path, weights: Path) -> None:
+    """The first that is read of them is what fingerprints a model."""
+    code = ("import os, sys\nfrom dsv4cli import cli\nfrom dsv4cli.engine import opening\nwatch = opening.MappedFiles\n"
+            "opening.MappedFiles = lambda source: (watch(source), os.truncate(sys.argv[2], 0))[0]\n"
+            "cli.main(['eval', 'logits', sys.argv[1], '--ids', '-', '--out', '/dev/null'])")
+    done = subprocess.run([sys.executable, "-c", code, str(folder), str(weights)], input="1 2", capture_output=True, text=True,
+                          env=environment(), timeout=100)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "was cut short while it was in use" in done.stderr
+
+
+def test_a_file_that_is_emptied_before_it_is_mapped(folder: Path, weights: Path) -> None:
+    source = open_source(folder)
+    os.truncate(weights, 0)
+    with pytest.raises(CorruptFile, match="is empty"):
+        Model.bind(source)

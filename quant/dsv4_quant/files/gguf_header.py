@@ -6,7 +6,6 @@ Every count and length is checked against what is left of the file before it is 
 from __future__ import annotations
 
 import math
-import mmap
 import re
 import struct
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from dsv4_quant.files.info import DAMAGED, TensorInfo, check_layout
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 LARGEST_ALIGNMENT = 1 << 20
+FIRST_READ = 1 << 24  # bytes, which hold most headers
 LARGEST_HEADER = 1 << 28  # bytes; DeepSeek-V4's have ten million, and what they hold grows in memory
 LARGEST_ARRAY = 1 << 24  # entries; the longest real one has a token an entry
 MOST_DIMENSIONS = 4
@@ -77,20 +77,33 @@ def read_parts(path: Path) -> list[Part]:
 
 
 def read(path: Path) -> Part:
-    """The header of one file."""
+    """The header of one file. It is read and not mapped, so that a failing disk is an OSError and not a signal."""
     size = path.stat().st_size
     if size < 24:
         raise CorruptFile(f"{path} has {size} bytes; that is no GGUF.", "Get the file again.")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        return _Reader(path, view, size).part()
+    wanted = FIRST_READ
+    with path.open("rb") as file:
+        while True:
+            file.seek(0)
+            asked = min(wanted, LARGEST_HEADER, size)
+            data = file.read(asked)
+            size = size if len(data) == asked else len(data)  # it has become shorter
+            try:
+                return _Reader(path, data, size).part()
+            except _More:
+                wanted *= 4
+
+
+class _More(Exception):  # noqa: N818 - not an error: the header is longer than what was read
+    """Ends a walk whose next step needs bytes that were not read."""
 
 
 class _Reader:
-    """Walks the header from its first byte."""
+    """Walks the header from its first byte. Raises _More where `view` ends before the file and before the longest header."""
 
-    def __init__(self, path: Path, view: mmap.mmap, size: int) -> None:
+    def __init__(self, path: Path, view: bytes, size: int) -> None:
         self.path, self.view, self.size, self.at = path, view, size, 0
-        self.end = min(size, LARGEST_HEADER)
+        self.end = len(view)
 
     def part(self) -> Part:
         if self.view[:4] != MAGIC:
@@ -207,6 +220,8 @@ class _Reader:
 
     def expect(self, length: int, what: str) -> None:
         if length > self.end - self.at:
+            if self.end < min(self.size, LARGEST_HEADER):
+                raise _More
             limit = "file" if self.end == self.size else "longest header"
             raise CorruptFile(
                 f"{self.path}: {what} at byte {self.at} needs {length} bytes; the {limit} has {self.end - self.at} more.",

@@ -5,6 +5,7 @@ Shapes and offsets come from whoever made the file, so each is checked against t
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -75,9 +76,8 @@ def read_header(path: str | Path) -> Header:
             raise CorruptFile(f"{path} does not exist.", "Give a checkpoint folder or a .gguf file.")
         return _gguf(path)
     except OSError as error:
-        raise CorruptFile(
-            f"{error.filename or path} cannot be read: {error.strerror}.", "Check its permissions."
-        ) from None
+        hint = "Its disk failed; get the file again." if error.errno == errno.EIO else "Check its permissions."
+        raise CorruptFile(f"{error.filename or path} cannot be read: {error.strerror}.", hint) from None
 
 
 class Head(NamedTuple):

@@ -11,6 +11,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from dsv4_quant.errors import CorruptFile
+
 FAULT_AROUND = 1 << 16  # bytes that Linux maps at once where one of them is touched; a multiple of any page
 LEAST_ADVISED, MOST_ADVISED = 1 << 17, 1 << 21  # bytes that a request for reading ahead is surely heard for, and gains by
 _OPEN: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # maps in use, by where they begin in memory
@@ -20,10 +22,13 @@ def map_file(path: Path) -> Tensor:
     """uint8 [file size], a read-only shared map: its pages stay the page cache's and count as nobody's memory.
 
     A private writable map would silence torch's warning by itself, but the kernel books it against memory, and a model larger
-    than RAM could not be opened.
+    than RAM could not be opened. Raises CorruptFile for an empty file.
     """
     with path.open("rb") as file:
-        view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise CorruptFile(f"{path} is empty.", "Get it again, or wait until it is written.") from None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         mapped = torch.frombuffer(view, dtype=torch.uint8)
