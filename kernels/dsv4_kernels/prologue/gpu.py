@@ -140,10 +140,10 @@ def _prologue(key: Together, compressors: Together, queries: Together, at: Point
 def _keep_one(value: Block, norm: Pointer, angles: Pointer, to: Pointer, row: Pointer, d: int, pairs: int, eps: float,
               ROUND: tl.constexpr, PLACED: tl.constexpr, FORM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr) -> None:
     """value [WIDTH] becomes the only row of `to`, or if PLACED the one that `row` names as it is when the kernel runs."""
-    place = tl.program_id(0).to(tl.int64) * 0
     if PLACED:
-        place = tl.load(row)
-    keep_key(value, norm, angles, to, place, d, pairs, eps, ROUND, FORM, WIDTH, BITS)
+        keep_key(value, norm, angles, to, tl.load(row), d, pairs, eps, ROUND, FORM, WIDTH, BITS)
+    else:
+        keep_key(value, norm, angles, to, 0, d, pairs, eps, ROUND, FORM, WIDTH, BITS)
 
 
 @triton.jit
