@@ -52,7 +52,7 @@ class Queries(NamedTuple):
 def attention_prologue(kv: Tensor, keys: Keeping, compressions: Sequence[Compression], queries: Queries | None, eps: float,
                        position: int, at: Tensor | None = None, *, backend: str | None = None) -> Tensor | None:
     """Keeps the keys kv [t, d] of tokens position .. position + t; lets every compressor take the same tokens and keeps the
-    entries that they complete; -> queries turned and rounded, like x, or None where there are none.
+    entries that they complete; -> queries turned and rounded, like x or as `rounding.round_index` gives them, or None.
 
     at: int64 [1], the position in the device's memory, from where a recorded launch reads it each time. No two may write to the
     same memory. Raises ValueError when shapes differ, or there are other entries to keep than tokens complete.
