@@ -220,7 +220,7 @@ def _indexer(s: Sizes, tokens: int, random: Generator, _: str) -> Iterator[Call]
     for context in s.contexts:
         n = max(1, context // 4)
         q, weights = _normal(random, tokens, s.index_heads, s.index_head), _normal(random, tokens, s.index_heads)
-        q, keys = rounding.round_index(q), pack_index(rounding.round_index(_normal(random, n, s.index_head)))
+        q, keys = rounding.round_index(q).bfloat16(), pack_index(rounding.round_index(_normal(random, n, s.index_head)))
         yield Call("indexer", "top_indices", (q, weights, keys, torch.full((tokens,), n, device=q.device), s.topk),
                    keys.nbytes + q.nbytes, 2 * tokens * s.index_heads * s.index_head * n, tokens, context=context)
 
