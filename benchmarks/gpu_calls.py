@@ -21,6 +21,7 @@ from dsv4_kernels.compressor import Pending
 from dsv4_kernels.hyper import HyperSettings, Mixer
 from dsv4_kernels.linear import Norm
 from dsv4_kernels.moe import Expert, Experts
+from dsv4_kernels.norm_rope import Placed, frequencies
 from dsv4_kernels.prologue import Compression, Keeping, Queries
 from dsv4_kernels.residual import Residual
 from dsv4_kernels.rounding import ref as rounding
@@ -219,7 +220,7 @@ def _indexer(s: Sizes, tokens: int, random: Generator, _: str) -> Iterator[Call]
     for context in s.contexts:
         n = max(1, context // 4)
         q, weights = _normal(random, tokens, s.index_heads, s.index_head), _normal(random, tokens, s.index_heads)
-        q, keys = rounding.round_index(q), pack_index(rounding.round_index(_normal(random, n, s.index_head)))
+        q, keys = rounding.round_index(q).bfloat16(), pack_index(rounding.round_index(_normal(random, n, s.index_head)))
         yield Call("indexer", "top_indices", (q, weights, keys, torch.full((tokens,), n, device=q.device), s.topk),
                    keys.nbytes + q.nbytes, 2 * tokens * s.index_heads * s.index_head * n, tokens, context=context)
 
@@ -243,6 +244,18 @@ def _norms(s: Sizes, tokens: int, random: Generator, _: str) -> Iterator[Call]:
     x, weight = _normal(random, tokens, s.heads, s.head), _normal(random, s.head)
     yield Call("norm_rope", "rms_norm", (x, weight, 1e-6), 2 * x.nbytes, 0, tokens)
     yield Call("norm_rope", "rotate", (x, _turns(random, tokens, s.turned // 2), True), 2 * x.nbytes, 0, tokens)
+    near, far = (frequencies(s.turned, theta).to(x.device) for theta in (10_000, 160_000))
+    positions = torch.arange(999_999 - tokens, 999_999, device=x.device)
+    yield Call("norm_rope", "turns", (positions, far), 8 * tokens * len(far), 0, tokens,
+               seen=lambda found, _: torch.view_as_real(found))
+    if tokens == 1:
+        yield Call("norm_rope", "place_token", (positions, near, far, s.window, (4, 128)), 32 * len(far), 0, tokens, seen=_placed)
+
+
+def _placed(found: Placed, _: Any) -> Tensor:
+    angles = found.window_turns, found.compress_turns, *(entry.turns for entry in found.entries)
+    numbers = found.ring_row, *(number for entry in found.entries for number in entry[:2])
+    return torch.cat([*(torch.view_as_real(each).flatten() for each in angles), *(1e-6 * number for number in numbers)])
 
 
 def _rounding(s: Sizes, tokens: int, random: Generator, _: str) -> Iterator[Call]:

@@ -208,7 +208,7 @@ def _indexer(shapes: Shapes, random: Generator) -> Run:
     from dsv4_kernels.indexer import gpu
     from dsv4_kernels.rounding.ref import round_index
 
-    q, weights = round_index(_normal(random, 1, shapes.heads, 128)), _normal(random, 1, shapes.heads)
+    q, weights = round_index(_normal(random, 1, shapes.heads, 128)).bfloat16(), _normal(random, 1, shapes.heads)
     keys, visible = pack_index(round_index(_normal(random, shapes.entries, 128))), torch.tensor([shapes.entries], device=q.device)
     return lambda: gpu.top_indices(q, weights, keys, visible, shapes.chosen)
 

@@ -52,7 +52,7 @@ class Ring:
         them."""
         window, t = len(self.rows), len(step.ids)
         if step.live is not None:
-            return self.rows, step.ring_row(window)
+            return self.rows, step.ring_row
         if t == 1:
             slot = step.start % window
             return self.rows[slot:slot + 1], None

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dsv4_kernels.norm_rope import Yarn, frequencies, turns
+from dsv4_kernels.norm_rope import Entry, Yarn, frequencies, place_token, turns
 from dsv4_quant.config import ModelConfig
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Frequencies float32 [pairs]: `window` for layers without compression, `compress` for everything in the others."""
+    """What positions mean to a model. Frequencies float32 [pairs]: `window` for layers without compression, `compress` for
+    everything in the others; `ring`: tokens of a window; `ratios`: how many tokens become an entry in this layer or that."""
 
     window: Tensor
     compress: Tensor
+    ring: int
+    ratios: tuple[int, ...]
 
     @classmethod
     def of(cls, config: ModelConfig) -> Rope:
         scaling, dims = config.rope_scaling, config.qk_rope_head_dim
         yarn = Yarn(scaling.factor, scaling.original_max_position_embeddings, scaling.beta_fast, scaling.beta_slow)
-        return cls(frequencies(dims, config.rope_theta), frequencies(dims, config.compress_rope_theta, yarn))
+        ratios = {config.ratio(layer) for layer in range(config.num_hidden_layers)} - {0}
+        return cls(frequencies(dims, config.rope_theta), frequencies(dims, config.compress_rope_theta, yarn),
+                   config.sliding_window, tuple(sorted(ratios)))
 
     def to(self, device: torch.device) -> Rope:
-        return Rope(self.window.to(device), self.compress.to(device))
+        return Rope(self.window.to(device), self.compress.to(device), self.ring, self.ratios)
 
 
 class Groups(NamedTuple):
@@ -49,18 +53,21 @@ class Step:
 
     ids: Tensor
     start: int
-    positions: Tensor
     window_turns: Tensor
     compress_turns: Tensor
     live: Tensor | None
+    ring_row: Tensor | None  # int64 [1]: where a ring keeps the key of a live step's token
     _rope: Rope
+    _entries: dict[int, Entry] = field(default_factory=dict)  # of a live step's token, by ratio
     _groups: dict[int, Groups] = field(default_factory=dict)
-    _rows: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
     @classmethod
     def at(cls, ids: Tensor, start: int, rope: Rope, live: Tensor | None = None) -> Step:
-        positions = torch.arange(start, start + len(ids), device=ids.device) if live is None else live
-        return cls(ids, start, positions, turns(positions, rope.window), turns(positions, rope.compress), live, rope)
+        if live is None:
+            positions = torch.arange(start, start + len(ids), device=ids.device)
+            return cls(ids, start, turns(positions, rope.window), turns(positions, rope.compress), None, None, rope)
+        near, far, row, entries = place_token(live, rope.window, rope.compress, rope.ring, rope.ratios)
+        return cls(ids, start, near, far, live, row, rope, dict(zip(rope.ratios, entries, strict=True)))
 
     def to(self, device: torch.device, rope: Rope) -> Step:
         """The same step for layers on another device, where `rope` lies too."""
@@ -69,24 +76,15 @@ class Step:
     def groups(self, ratio: int) -> Groups:
         """The groups of all layers that compress `ratio` tokens into one."""
         if ratio not in self._groups:
-            begin, end = self.start // ratio, (self.start + len(self.ids)) // ratio
-            if self.live is not None and end > begin:
-                firsts = self.entry_row(ratio) * ratio
+            begin, end, device = self.start // ratio, (self.start + len(self.ids)) // ratio, self.ids.device
+            if self.live is not None:
+                entry = self._entries[ratio]
+                self._groups[ratio] = Groups(entry.visible, entry.turns[:end - begin])
             else:
-                firsts = torch.arange(begin, end, device=self.ids.device) * ratio
-            self._groups[ratio] = Groups((self.positions + 1) // ratio, turns(firsts, self._rope.compress))
+                full = torch.arange(self.start + 1, self.start + len(self.ids) + 1, device=device) // ratio
+                self._groups[ratio] = Groups(full, turns(torch.arange(begin, end, device=device) * ratio, self._rope.compress))
         return self._groups[ratio]
-
-    def ring_row(self, window: int) -> Tensor:
-        """int64 [1]: where a ring keeps the key of a live step's token."""
-        return self._row(("ring", window), lambda position: position % window)
 
     def entry_row(self, ratio: int) -> Tensor:
         """int64 [1]: which entry a live step's token belongs to."""
-        return self._row(("entry", ratio), lambda position: position // ratio)
-
-    def _row(self, name: tuple[str, int], of: Callable[[Tensor], Tensor]) -> Tensor:
-        if name not in self._rows:
-            assert self.live is not None, "the host knows where other steps' tokens go"
-            self._rows[name] = of(self.live)
-        return self._rows[name]
+        return self._entries[ratio].row

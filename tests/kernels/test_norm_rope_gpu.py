@@ -17,6 +17,31 @@ def table_of(t: int, pairs: int) -> Tensor:
     return turns(torch.arange(7, 7 + t), frequencies(2 * pairs, 10000))
 
 
+@pytest.mark.parametrize("t", [1, 67])
+@pytest.mark.parametrize("pairs", [1, 32])
+def test_turns_equal_the_reference(t: int, pairs: int) -> None:
+    """Up to a million positions, where angles are as great."""
+    positions, freqs = torch.arange(1_000_003 - t, 1_000_003) // 7 * 7, frequencies(2 * pairs, 10000)
+    found, angles = gpu.turns(positions, freqs), positions.float().unsqueeze(-1) * freqs
+    assert_close(torch.view_as_real(found), torch.stack([angles.double().cos(), angles.double().sin()], -1))
+    assert gpu.turns(positions[:0], freqs).shape == (0, pairs)
+
+
+@pytest.mark.parametrize("position", [0, 127, 1_000_003])
+def test_all_that_a_position_decides_is_one_launch(position: int) -> None:
+    near, far, ratios = frequencies(14, 10000), frequencies(14, 160000), (4, 128)  # 7 pairs: no tile
+    at = torch.tensor([position])
+    found, expected = (by.place_token(at, near, far, 131, ratios) for by in (gpu, ref))
+    assert torch.equal(found.ring_row, expected.ring_row)
+    for one, other in zip(found.entries, expected.entries, strict=True):
+        assert torch.equal(one.visible, other.visible)
+        assert torch.equal(one.row, other.row)
+    angles = [(each.window_turns, each.compress_turns, *(entry.turns for entry in each.entries)) for each in (found, expected)]
+    for one, other in zip(*angles, strict=True):
+        assert_close(torch.view_as_real(one), torch.view_as_real(other))
+    assert torch.equal(found.compress_turns, gpu.turns(at, far))  # bitwise what it is in a step that the host describes
+
+
 @pytest.mark.parametrize("shape", [(1,), (5,), (127,), (2, 3)])
 @pytest.mark.parametrize("d", [1, 2, 7, 64, 515, 4096])
 def test_norm_equals_the_reference(shape: tuple[int, ...], d: int, random: torch.Generator) -> None:

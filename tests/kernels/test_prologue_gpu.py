@@ -129,7 +129,7 @@ def test_how_many_launches_that_is(random: torch.Generator) -> None:
         layer, memory = Layer.drawn(ratio, ratio, random), Memory.of(ratio, torch.uint8)
         with launches() as log:
             layer.run(gpu, memory, position, True)
-        ours = [name for name in log if not name.startswith("torch.")]
+        ours = [name for name in log if not name.startswith(("torch.", "norm_rope._turns"))]  # which are given
         assert ours == ["prologue._prologue", "cache._keep_keys"][:most]
 
 

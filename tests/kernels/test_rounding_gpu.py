@@ -20,7 +20,7 @@ Rounding = Callable[[Tensor, int], Tensor]
 
 def same_bits(found: Tensor, expected: Tensor) -> bool:
     """Also the sign of zero."""
-    return torch.equal(found.view(torch.int32), expected.view(torch.int32))
+    return torch.equal(found.float().view(torch.int32), expected.float().view(torch.int32))
 
 
 def of_all_sizes(random: torch.Generator, *shape: int) -> Tensor:
@@ -85,6 +85,18 @@ def test_the_turn_equals_the_reference(size: int, rows: int, random: torch.Gener
 def test_index_values_are_turned_then_rounded(size: int, shape: tuple[int, ...], random: torch.Generator) -> None:
     x = torch.randn(*shape, size, generator=random)
     assert same_bits(gpu.round_index(x), ref.round_fp4(gpu.hadamard(x), 32))
+
+
+@pytest.mark.parametrize("size", [1e-38, 2e-38, 1.0, 1e37])
+def test_bfloat16_holds_every_rounded_index_value(size: float, random: torch.Generator) -> None:
+    """Down to the smallest scale, 2^-126, whose smallest code is no normal number any more."""
+    x = torch.randn(40, 32, generator=random).clamp(-1, 1) * size
+    rounded = ref.round_index(x)
+    assert torch.equal(rounded.to(torch.bfloat16).float(), rounded)
+    assert len(rounded.unique()) > 4
+    found = gpu.round_index(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found.float(), ref.round_fp4(gpu.hadamard(x), 32))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -13,9 +13,9 @@ def top_indices(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: in
                 backend: str | None = None) -> Tensor:
     """The k best entries of each token by score_n = sum_h weights_h * relu(q_h . key_n).
 
-    q [t, heads, d], weights [t, heads] (with the factor (d * heads)^-0.5), keys [n, d] in any float type or packed
-    (cache.packed), uint8 [n, index_bytes], visible [t]:
-    how many entries, counted from the first, each token may see. -> int64 [t, min(k, n)] in no particular order; -1
+    q [t, heads, d] in the type of the weights or as bfloat16, weights [t, heads] (with the factor (d * heads)^-0.5), keys [n, d]
+    in any float type or packed (cache.packed), uint8 [n, index_bytes], visible [t]: how many entries, counted from the first,
+    each token may see. -> int64 [t, min(k, n)] in no particular order; -1
     where a token sees fewer. Scores are made in tiles of tokens. Ties may go either way.
     """
     t, heads, d = q.shape

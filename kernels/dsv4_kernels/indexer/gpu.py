@@ -2,15 +2,16 @@
 
 Two launches for a tile of tokens: programs that own some tokens and some entries leave scores behind, as whole numbers in the
 scores' order; then a program that owns a token finds the k-th greatest of them by counting digits, eight bits at a time, and
-writes down who is not below it. A tile of tokens is so small that its scores take at most 64 MB. Queries that are not float32,
-and keys that are neither float32, bfloat16 nor packed, go the way of `ref`.
+writes down who is not below it. A tile of tokens is so small that its scores take at most 64 MB. Rounded queries come as
+bfloat16, which holds them, and meet bfloat16 or packed keys in one product; float32 ones take three. Other queries, and other
+keys than these and float32, go the way of `ref`.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor, float32, int32, int64, uint8
+from torch import Tensor, bfloat16, float32, int32, int64, uint8
 
 from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
@@ -25,12 +26,13 @@ SIGN = tl.constexpr(-(1 << 31))
 
 
 def top_indices(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: int) -> Tensor:
-    fits = q.dtype == weights.dtype == float32 and keys.dtype in (*CACHED, uint8) and visible.dtype == int64
+    fits = q.dtype in CACHED and weights.dtype == float32 and keys.dtype in (*CACHED, uint8) and visible.dtype == int64
     if not fits or not q.numel() or not len(keys):
         return ref.top_indices(q, weights, keys, visible, k)
     (t, heads, d), n = q.shape, len(keys)
     q, weights, keys, visible = dense(q), dense(weights), dense(keys), dense(visible)
     slots, wide = min(k, n), keys.dtype == float32
+    q = q.float() if wide else q
     scoring, choosing = tuned("indexer.score", q.device), tuned("indexer.choose", q.device)
     tile = WIDE_KEYS if wide else scoring["keys"]
     chosen = alloc.empty((t, slots), int64, q.device)
@@ -40,7 +42,8 @@ def top_indices(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: in
         shared = min(count, scoring["tokens"])
         _score[(triton.cdiv(n, tile), triton.cdiv(count, shared))](
             q[rows], weights[rows], keys, visible[rows], scores, count, n, heads, d, slots, shared,
-            HEADS=padded(heads, 16), D=padded(d, 16), KEYS=tile, FORM=form(keys), DOT=DOT, **options(scoring))
+            HEADS=padded(heads, 16), D=padded(d, 16), KEYS=tile, FORM=form(keys), ROUNDED=q.dtype == bfloat16, DOT=DOT,
+            **options(scoring))
         _choose[(count,)](scores, visible[rows], chosen[rows], n, slots, SCAN=min(choosing["scan"], padded(n)),
                           **options(choosing))
     return chosen
@@ -49,8 +52,9 @@ def top_indices(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: in
 @triton.jit(do_not_specialize=["t", "n", "slots", "shared"])
 def _score(q: Pointer, weights: Pointer, keys: Pointer, visible: Pointer, scores: Pointer, t: int, n: int, heads: int, d: int,
            slots: int, shared: int, HEADS: tl.constexpr, D: tl.constexpr, KEYS: tl.constexpr, FORM: tl.constexpr,
-           DOT: tl.constexpr) -> None:
-    """Of `shared` tokens for KEYS entries. Who sees no more entries than may be chosen needs no scores."""
+           ROUNDED: tl.constexpr, DOT: tl.constexpr) -> None:
+    """Of `shared` tokens for KEYS entries. Who sees no more entries than may be chosen needs no scores. ROUNDED: q is
+    bfloat16."""
     entry, channel, head = tl.program_id(0) * KEYS + tl.arange(0, KEYS), tl.arange(0, D), tl.arange(0, HEADS)
     key = kept_index(keys, entry.to(tl.int64), entry < n, channel, d, FORM)
     for i in range(shared):
@@ -60,7 +64,11 @@ def _score(q: Pointer, weights: Pointer, keys: Pointer, visible: Pointer, scores
             if (sees > slots) & (sees > tl.program_id(0) * KEYS):
                 place = (token * heads + head).to(tl.int64)
                 query = tl.load(q + place[:, None] * d + channel[None, :], (head < heads)[:, None] & (channel < d)[None, :], 0.0)
-                met = multiplied(query, tl.trans(key), tl.zeros((HEADS, KEYS), tl.float32), FORM == 0, DOT)
+                met = tl.zeros((HEADS, KEYS), tl.float32)
+                if ROUNDED:
+                    met = tl.dot(query.to(DOT), tl.trans(key).to(DOT), met)
+                else:
+                    met = multiplied(query, tl.trans(key), met, FORM == 0, DOT)
                 weight = tl.load(weights + place, head < heads, 0.0)
                 total = tl.sum(tl.where(met < 0, 0.0, met) * weight[:, None], 0)  # NaN passes
                 tl.store(scores + token.to(tl.int64) * n + entry, in_order(total), entry < sees)
@@ -113,7 +121,7 @@ def _kth(scores: Pointer, count: int, k: int, SCAN: tl.constexpr) -> tuple[Block
 
 
 AHEAD = (
-    Case(_score, "*fp32 *fp32 *u8 *i64 *i32 i32 i32 i32:16 i32:16 i32 i32",
-         {"HEADS": 64, "D": 128, "KEYS": default("indexer.score")["keys"], "FORM": 2, "DOT": DOT}, warps=8),
+    Case(_score, "*bf16 *fp32 *u8 *i64 *i32 i32 i32 i32:16 i32:16 i32 i32",
+         {"HEADS": 64, "D": 128, "KEYS": default("indexer.score")["keys"], "FORM": 2, "ROUNDED": True, "DOT": DOT}, warps=8),
     Case(_choose, "*i32 *i64 *i64 i32 i32", {"SCAN": default("indexer.choose")["scan"]}, warps=8),
 )

@@ -12,7 +12,7 @@ from dsv4_kernels.tiles import tiles
 
 def top_indices(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor, k: int) -> Tensor:
     t, heads, _ = q.shape
-    n = len(keys)
+    n, q = len(keys), q.to(weights.dtype)
     keys = (unpack_index(keys) if keys.dtype == torch.uint8 else keys).to(q.dtype)
     numbers = torch.arange(n, device=q.device)
     chosen = alloc.empty((t, min(k, n)), torch.int64, q.device)

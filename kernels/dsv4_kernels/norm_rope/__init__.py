@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -17,6 +18,25 @@ class Yarn(NamedTuple):
     original_positions: int
     beta_fast: float
     beta_slow: float
+
+
+class Entry(NamedTuple):
+    """What a token's position decides where groups of so many tokens become an entry: visible int64 [1], how many groups are full
+    with it; row int64 [1], which group it belongs to; turns complex64 [1, pairs], of that group's first token."""
+
+    visible: Tensor
+    row: Tensor
+    turns: Tensor
+
+
+class Placed(NamedTuple):
+    """What a token's position decides: its turns complex64 [1, pairs] in layers of a window alone and in those that compress, its
+    row of a ring int64 [1], and for each ratio an Entry."""
+
+    window_turns: Tensor
+    compress_turns: Tensor
+    ring_row: Tensor
+    entries: tuple[Entry, ...]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str | None = None) -> Tensor:
@@ -39,6 +59,15 @@ def turns(positions: Tensor, freqs: Tensor) -> Tensor:
     """
     demand_shape("positions", positions, None)
     return pick("norm_rope", positions.device.type).module.turns(positions, freqs)
+
+
+def place_token(at: Tensor, window_freqs: Tensor, compress_freqs: Tensor, window: int, ratios: Sequence[int], *,
+                backend: str | None = None) -> Placed:
+    """Whatever a single token's position decides, which is read when the kernel runs: at int64 [1], frequencies float32 [pairs]
+    as for `turns`, rows of a ring, tokens of a group for each kind of layer that compresses."""
+    demand_shape("position", at, 1)
+    demand_shape("frequencies", compress_freqs, *window_freqs.shape)
+    return pick("norm_rope", at.device.type, backend).module.place_token(at, window_freqs, compress_freqs, window, ratios)
 
 
 def rotate(x: Tensor, turns: Tensor, *, inverse: bool = False, backend: str | None = None) -> Tensor:

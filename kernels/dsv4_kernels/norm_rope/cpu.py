@@ -18,6 +18,7 @@ signature("dsv4_norm_rotate", P, P, F, P, I, I, I, I, P)
 
 frequencies = ref.frequencies
 turns = ref.turns
+place_token = ref.place_token
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dsv4_kernels import alloc
-from dsv4_kernels.norm_rope import Yarn
+from dsv4_kernels.norm_rope import Entry, Placed, Yarn
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -34,6 +35,11 @@ def frequencies(dims: int, theta: float, yarn: Yarn | None) -> Tensor:
 def turns(positions: Tensor, freqs: Tensor) -> Tensor:
     angles = positions.to(torch.float32).unsqueeze(-1) * freqs
     return torch.complex(angles.cos(), angles.sin())
+
+
+def place_token(at: Tensor, window_freqs: Tensor, compress_freqs: Tensor, window: int, ratios: Sequence[int]) -> Placed:
+    entries = (Entry((at + 1) // ratio, at // ratio, turns(at // ratio * ratio, compress_freqs)) for ratio in ratios)
+    return Placed(turns(at, window_freqs), turns(at, compress_freqs), at % window, tuple(entries))
 
 
 def rotate(x: Tensor, turns: Tensor, inverse: bool) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor, complex64, float32
+from torch import Tensor, bfloat16, complex64, float32
 
 from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
@@ -102,10 +102,10 @@ def _compressing(given: Compression) -> Job:
 def _turning(queries: Queries | None, kv: Tensor) -> Job:
     if queries is None:
         return Job(0, 0, (0,) * 4, (kv,) * 3 + (0, 0))
-    x = dense(queries.x)
-    out, (_, heads, width) = alloc.empty_like(x), x.shape
+    x, rounded = dense(queries.x), queries.rounding == "index"
+    out, (_, heads, width) = alloc.empty(tuple(x.shape), bfloat16 if rounded else float32, x.device), x.shape
     rows = min(padded(heads), max(1, TURNED // width))
-    return Job(triton.cdiv(heads, rows), rows * width, (rows, int(queries.rounding == "index"), width, width.bit_length() - 1),
+    return Job(triton.cdiv(heads, rows), rows * width, (rows, int(rounded), width, width.bit_length() - 1),
                (x, real(queries.turns), out, heads, queries.turns.shape[1]), out)
 
 
@@ -140,10 +140,10 @@ def _prologue(key: Together, compressors: Together, queries: Together, at: Point
 def _keep_one(value: Block, norm: Pointer, angles: Pointer, to: Pointer, row: Pointer, d: int, pairs: int, eps: float,
               ROUND: tl.constexpr, PLACED: tl.constexpr, FORM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr) -> None:
     """value [WIDTH] becomes the only row of `to`, or if PLACED the one that `row` names as it is when the kernel runs."""
-    place = tl.program_id(0).to(tl.int64) * 0
     if PLACED:
-        place = tl.load(row)
-    keep_key(value, norm, angles, to, place, d, pairs, eps, ROUND, FORM, WIDTH, BITS)
+        keep_key(value, norm, angles, to, tl.load(row), d, pairs, eps, ROUND, FORM, WIDTH, BITS)
+    else:
+        keep_key(value, norm, angles, to, 0, d, pairs, eps, ROUND, FORM, WIDTH, BITS)
 
 
 @triton.jit
@@ -172,8 +172,8 @@ def _cases() -> tuple[Case, ...]:
     key, entry, index = ((NUMBERS["kv"], 1, 2, 512, 9),) * 2 + ((NUMBERS["index"], 1, 2, 128, 7),)
     queries, none = (16, 1, 128, 7), (0,) * 4
     unkept = (0,) * 5
-    four = f"(*fp32 {kept}) ({compressor} {compressor}) (*fp32 *fp32 *fp32 i32:16 i32:16) {at}"
-    long = f"(*fp32 {kept}) ({compressor.replace('i32 ', 'i32:16 ', 1)}) (*fp32 *fp32 *fp32 i32:16 i32:16) {at}"
+    four = f"(*fp32 {kept}) ({compressor} {compressor}) (*fp32 *fp32 *bf16 i32:16 i32:16) {at}"
+    long = f"(*fp32 {kept}) ({compressor.replace('i32 ', 'i32:16 ', 1)}) (*fp32 *fp32 *bf16 i32:16 i32:16) {at}"
     return tuple(
         Case(_prologue, types, {"LIVE": True, "KEY": key, "COMPRESSORS": compressors, "QUERIES": turning}, warps=number)
         for types, compressors, turning, number in (

@@ -62,8 +62,9 @@ def round_kv(x: Tensor, rotated: int, *, backend: str | None = None) -> Tensor:
 
 
 def round_index(x: Tensor, turns: Tensor | None = None, *, backend: str | None = None) -> Tensor:
-    """What official numerics keep of index keys and queries: the Hadamard turn, then round_fp4. With turns complex [t, pairs] the
-    last 2 * pairs values of x [t, ..., d] are turned by them first (norm_rope.rotate)."""
+    """What official numerics keep of index keys and queries: the Hadamard turn, then round_fp4, in x's type or in
+    bfloat16, which holds every such value. With turns complex [t, pairs] the last 2 * pairs values of x [t, ..., d] are turned by
+    them first (norm_rope.rotate)."""
     demand_multiple("last axis", x.shape[-1], INDEX_BLOCK)
     _demand_power_of_two(x.shape[-1])
     if turns is not None:

@@ -1,15 +1,15 @@
 """Rounding and the Hadamard turn in Triton: arithmetic on float32 bits, so no FP8 or FP4 hardware is asked for, and the bits
 are those of `ref`.
 
-A program owns some rows of blocks. Tensors other than float32 go the way of `ref`, and so do the scales themselves, which only
-tests ask for.
+A program owns some rows of blocks. What is rounded for the indexer is left as bfloat16, which holds it. Tensors other than
+float32 go the way of `ref`, and so do the scales themselves, which only tests ask for.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor, complex64, float32
+from torch import Tensor, bfloat16, complex64, float32
 
 from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
@@ -69,7 +69,7 @@ def _rounded(x: Tensor, block: int, fp8: bool) -> Tensor:
 
 def _turned(x: Tensor, rounded: bool, turns: Tensor | None = None) -> Tensor:
     x = dense(x)
-    out, width = alloc.empty_like(x), x.shape[-1]
+    out, width = alloc.empty(tuple(x.shape), bfloat16, x.device) if rounded else alloc.empty_like(x), x.shape[-1]
     count = x.numel() // width
     rows = min(padded(count), max(1, TILE // width))
     if count:
@@ -211,7 +211,8 @@ def _turn(x: Pointer, angles: Pointer, out: Pointer, count: int, heads: int, pai
 @triton.jit
 def turn_rows(x: Pointer, angles: Pointer, out: Pointer, row: Block, count: int, heads: int, pairs: int, ROTATE: tl.constexpr,
               HADAMARD: tl.constexpr, ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr) -> None:
-    """Rows [ROWS, 1] of x [count, WIDTH], `heads` of them a token's: turned to the token's place, by Hadamard, rounded to FP4."""
+    """Rows [ROWS, 1] of x [count, WIDTH], `heads` of them a token's: turned to the token's place, by Hadamard, rounded to FP4
+    (then `out` is bfloat16)."""
     place = tl.arange(0, WIDTH)[None, :]
     values = tl.load(x + row * WIDTH + place, row < count, 0.0)
     if ROTATE:
@@ -225,12 +226,13 @@ def turn_rows(x: Pointer, angles: Pointer, out: Pointer, row: Block, count: int,
         values = turned(values, ROWS, WIDTH, BITS)
     if ROUND:
         values = tl.reshape(rounded_fp4(tl.reshape(values, (ROWS * WIDTH // INDEX, INDEX))), (ROWS, WIDTH))
+        values = (values.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)  # the rest is zeros
     tl.store(out + row * WIDTH + place, values, row < count)
 
 
 AHEAD = (
     Case(_round_blocks, "*fp32 *fp32 i32 i32:16", {"FP8": True, "ROWS": 64, "WIDTH": 64}),
     Case(_round_kv, "*fp32 *fp32 i32:16 i32:16", {"BLOCKS": 8, "ROTATED": 64}, warps=1),
-    Case(_turn, "*fp32 *fp32 *fp32 i32:16 i32:16 i32:16", {"ROTATE": True, "ROUND": True,
+    Case(_turn, "*fp32 *fp32 *bf16 i32:16 i32:16 i32:16", {"ROTATE": True, "ROUND": True,
          "ROWS": 32, "WIDTH": 128, "BITS": 7}, warps=8),
 )
