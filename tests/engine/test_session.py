@@ -45,7 +45,7 @@ def fresh(ids: list[int]) -> Tensor:
 def test_a_card_whose_tokens_are_not_recorded_is_told_of(session: Session) -> None:
     session.sync([1, 2, 3])
     assert session.unrecorded is None
-    session._state.recording = Recording(torch.device("cpu"), None)
+    session._state.recording = Recording(torch.device("cpu"), lambda device: None)
     assert session.unrecorded == "nothing records launches here"
 
 
