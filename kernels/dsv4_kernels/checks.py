@@ -10,7 +10,7 @@ from dsv4_quant.formats import Packed
 
 
 def demand_shape(name: str, x: Tensor | Packed, *expected: int | None) -> None:
-    """Raises ValueError unless x has these sizes; None stands for any size."""
+    """Raises ValueError unless x has these sizes; None stands for any size, and takes longer than the size that it has."""
     shape = x.shape
     if shape == expected:  # the usual case, and several hundred times a token
         return

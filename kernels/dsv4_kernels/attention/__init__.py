@@ -39,12 +39,12 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
     """
     t, heads, d = q.shape
     width = d if recent.dtype != uint8 else kv_bytes(d, 0 if turns is None else 2 * turns.shape[-1])
-    demand_shape("recent", recent, None, width)
+    demand_shape("recent", recent, len(recent), width)
     demand_shape("sink", sink, heads)
     if len(recent) < t:
         raise ValueError(f"{t} queries have only {len(recent)} window keys; each must at least see its own")
     if entries is not None:
-        demand_shape("entries", entries.kv, None, width)
+        demand_shape("entries", entries.kv, len(entries.kv), width)
         demand_shape("visible", entries.visible, t)
         if entries.chosen is not None:
             demand_shape("chosen", entries.chosen, t, None)
@@ -55,5 +55,5 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
     if eps is not None and turns is None:
         raise ValueError("queries that are to be normed need turns")
     if turns is not None:
-        demand_shape("turns", turns, t, None)
+        demand_shape("turns", turns, t, turns.shape[-1])
     return pick("attention", q.device.type, backend).module.sparse_attention(q, recent, entries, sink, window, turns, at, eps)

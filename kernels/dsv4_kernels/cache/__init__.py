@@ -13,6 +13,8 @@ from dsv4_kernels.rounding import INDEX_BLOCK, KV_BLOCK
 
 Rounding = Literal["none", "kv", "index"]  # what official numerics do to K=V, to index keys, and plain ones to both
 
+ROUNDINGS = get_args(Rounding)
+
 
 def keep(rows: Tensor, to: Tensor, *, backend: str | None = None) -> None:
     """Writes rows [t, d] to `to` [t, d], a part of a cache, whose float type may be narrower: rounded to the nearest, ties
@@ -39,18 +41,19 @@ def keep_keys(x: Tensor, norm: Tensor, eps: float, turns: Tensor, rounding: Roun
 def demand_keys(t: int, d: int, norm: Tensor, turns: Tensor, rounding: Rounding, to: Tensor, row: Tensor | None) -> None:
     """Raises ValueError unless t vectors of d values can be kept so (see `keep_keys`)."""
     demand_shape("norm weight", norm, d)
-    demand_shape("turns", turns, t, None)
-    if rounding not in get_args(Rounding):
-        raise ValueError(f"there is no rounding {rounding!r}; there are {', '.join(get_args(Rounding))}")
+    pairs = turns.shape[-1]
+    demand_shape("turns", turns, t, pairs)
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"there is no rounding {rounding!r}; there are {', '.join(ROUNDINGS)}")
     if rounding != "none":
-        still = d - 2 * turns.shape[-1]
+        still = d - 2 * pairs
         demand_multiple("rounded part", still if rounding == "kv" else d, KV_BLOCK if rounding == "kv" else INDEX_BLOCK)
     width = d
     if to.dtype == uint8:
         if rounding == "none":
             raise ValueError("keys that are not rounded cannot be packed")
-        width = index_bytes(d) if rounding == "index" else kv_bytes(d, 2 * turns.shape[-1])
-    demand_shape("cache rows", to, t if row is None else None, width)
+        width = index_bytes(d) if rounding == "index" else kv_bytes(d, 2 * pairs)
+    demand_shape("cache rows", to, t if row is None else to.shape[0], width)
     if row is not None:
         demand_shape("row", row, 1)
         if t != 1:

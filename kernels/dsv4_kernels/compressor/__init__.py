@@ -47,18 +47,18 @@ def compress(kv: Tensor, scores: Tensor, ape: Tensor, pending: Pending, position
     the previous group's first d channels and this group's last d. at: int64 [1], the position in the device's memory, from
     where a recorded launch reads it each time; whether a group is completed is the host's to know and stays as it was recorded.
     """
-    demand_tokens(kv, scores, ape, pending, at)
+    demand_tokens(kv.shape[0] if at is None else 1, kv, scores, ape, pending)
     return pick("compressor", kv.device.type, backend).module.compress(kv, scores, ape, pending, position, at)
 
 
-def demand_tokens(kv: Tensor, scores: Tensor, ape: Tensor, pending: Pending, at: Tensor | None) -> int:
-    """Values of an entry of these tokens. Raises ValueError unless all shapes are those that `compress` names."""
+def demand_tokens(t: int, kv: Tensor, scores: Tensor, ape: Tensor, pending: Pending) -> int:
+    """Values of an entry of t tokens. Raises ValueError unless all shapes are those that `compress` names."""
     ratio = ape.shape[0]
     d = ape.shape[1] // (2 if ratio == OVERLAPPING else 1)
     slots, width = Pending.shape(ratio, d)
-    demand_shape("ape", ape, None, width)
-    demand_shape("kv", kv, None if at is None else 1, width)
-    demand_shape("scores", scores, kv.shape[0], width)
+    demand_shape("ape", ape, ratio, width)
+    demand_shape("kv", kv, t, width)
+    demand_shape("scores", scores, t, width)
     demand_shape("pending kv", pending.kv, slots, width)
     demand_shape("pending scores", pending.scores, slots, width)
     return d

@@ -58,13 +58,14 @@ def attention_prologue(kv: Tensor, keys: Keeping, compressions: Sequence[Compres
     same memory. Raises ValueError when shapes differ, or there are other entries to keep than tokens complete.
     """
     t, d = kv.shape
+    if at is not None:
+        demand_shape("kv", kv, 1, d)
     demand_keys(t, d, *keys)
-    for each in compressions:
-        d, ratio = demand_tokens(*each[:4], at), len(each.ape)
-        demand_shape("compressed kv", each.kv, t, None)
+    for own, scores, ape, pending, entries in compressions:
+        d, ratio = demand_tokens(t, own, scores, ape, pending), ape.shape[0]
         groups = (position % ratio + t) // ratio
-        if each.entries is not None:
-            demand_keys(groups, d, *each.entries)
+        if entries is not None:
+            demand_keys(groups, d, *entries)
         elif groups:
             raise ValueError(f"{t} tokens at position {position} complete {groups} groups of {ratio}, which nobody keeps")
     if queries is not None:
@@ -88,11 +89,13 @@ class Steps(NamedTuple):
 def one_by_one(by: Steps, kv: Tensor, keys: Keeping, compressions: Sequence[Compression], queries: Queries | None, eps: float,
                position: int, at: Tensor | None) -> Tensor | None:
     """The prologue as its operations, one after the other."""
-    by.cache.keep_keys(kv, keys.norm, eps, *keys[1:])
-    for each in compressions:
-        pooled = by.compressor.compress(*each[:4], position, at)
-        if each.entries is not None:
-            by.cache.keep_keys(pooled, each.entries.norm, eps, *each.entries[1:])
+    norm, turns, rounding, to, row = keys
+    by.cache.keep_keys(kv, norm, eps, turns, rounding, to, row)
+    for own, scores, ape, pending, entries in compressions:
+        pooled = by.compressor.compress(own, scores, ape, pending, position, at)
+        if entries is not None:
+            norm, turns, rounding, to, row = entries
+            by.cache.keep_keys(pooled, norm, eps, turns, rounding, to, row)
     if queries is None:
         return None
     if queries.rounding == "index":
