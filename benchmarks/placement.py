@@ -15,7 +15,7 @@ import random
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from dsv4cli.engine.placement import (
     Expert,
@@ -34,10 +34,10 @@ from dsv4cli.engine.rates import Costs
 
 GB = 1e9
 KERNEL = 0.75  # of a memory's bandwidth that kernels reach; what rivals publish for theirs
-LAUNCH_S = 1e-6  # between two launches of a captured graph; a layer of ours has 26 to 32 (tests/model/test_launches.py), of which
-BESIDE, ALONE = 4, 25  # these are of its experts, and these are not
-READ_S = 16e-6  # until the CPU knows what a layer chose
-JOIN_S = 16e-6  # until the GPU has what the CPU computed
+LAUNCH_S = 1e-6  # lost between two launches of a captured graph
+PIECE_S = 2e-6  # and between two graphs that are on their way one behind the other
+READ_S = 16e-6  # until the CPU's kernels know what a layer chose
+JOIN_S = 16e-6  # until the GPU goes on with what the CPU computed
 CPU_LAYER_S = 60e-6  # lost in every layer without a GPU
 HORIZON = 256  # tokens between two exchanges, in which a copy has to pay
 # MXFP4 experts; of Q8_0 what is dense, some 7.3 GB over Flash's 43 layers, the shared experts among it
@@ -46,7 +46,32 @@ PRO = Load(61, 384, 3 * 7168 * 3072 * 17 // 32, 375_000_000, 3 * 7168 * 3072 * 3
 POLICIES, BOUNDS = ("first layers", "LRU", "hot"), ("placement bound", "split bound", "clairvoyant")
 QUESTIONS = ("What is {0} + {1}?", "What is the capital of France?", "My name is Anna. What is my name?", "Tell me a story.",
              "What is the capital of Japan? Then add {0} and {1}.", "Hello!")
+DOOR = "experts_into_streams"  # of the kernels, to which a router is given
 CHOSEN, HASHED = 6, 3  # experts a token visits in a layer; first layers, routed by token id
+
+
+class Launches(NamedTuple):
+    """Of a decoded token in one layer: all of them where it is whole on the card; else until the host is told the choice,
+    beside the host, and behind its answer."""
+
+    whole: int
+    told: int
+    beside: int
+    behind: int
+
+
+# By ratio, of a token that completes no group but has to choose entries, as tests/model/test_launches.py counts them.
+LAUNCHES = {0: Launches(12, 11, 2, 1), 4: Launches(14, 13, 2, 1), 128: Launches(12, 11, 2, 1)}
+RATIOS = {FLASH: {0: 2, 4: 21, 128: 20}, PRO: {4: 30, 128: 31}}  # layers of each
+
+
+def launched(load: Load) -> tuple[float, float, float]:
+    """Launches of a layer, on average: that nothing hides where it is whole; that many more where the host has a part; and those
+    beside the host."""
+    layers = RATIOS[load]
+    whole, told, beside, behind = (sum(count * each for count, each in zip(layers.values(), column, strict=True)) / load.layers
+                                   for column in zip(*(LAUNCHES[ratio] for ratio in layers), strict=True))
+    return whole, told + behind - whole, beside
 
 
 @dataclass(frozen=True)
@@ -61,6 +86,7 @@ class Machine:
     link_gb_s: float
     disk_gb_s: float
     load: Load = FLASH
+    model: Load = FLASH  # whose layers' launches are counted
     visits: int = 6  # experts that a token chooses in a layer
 
     def costs(self, lost: bool = True) -> Costs:
@@ -73,7 +99,8 @@ class Machine:
             return costs
         if not costs.card:
             return replace(costs, lost=CPU_LAYER_S)
-        return replace(costs, lost=ALONE * LAUNCH_S, shared=costs.shared + BESIDE * LAUNCH_S, read=READ_S, join=JOIN_S)
+        lost, more, beside = (count * LAUNCH_S for count in launched(self.model))
+        return replace(costs, lost=lost, parted=more, beside=beside + PIECE_S, read=READ_S, join=JOIN_S)
 
     def rates(self) -> Rates:
         kernels = [KERNEL * rate * GB for rate in (self.vram_gb_s, self.ram_gb_s)]
@@ -90,7 +117,7 @@ MACHINES = (
     Machine("12 GB laptop, 64 GB", 2, 52, 432, 60, 12, 5),
     Machine("96 GB card, DDR5 x12, 384 GB", 84, 360, 1792, 380, 50, 6),
     Machine("CPU only, DDR5 x2, 192 GB", 0, 175, 0, 75, 25, 6),
-    Machine("Pro, 32 GB card, DDR5 x12, 1.1 TB", 2, 1050, 1792, 380, 50, 6, PRO),
+    Machine("Pro, 32 GB card, DDR5 x12, 1.1 TB", 2, 1050, 1792, 380, 50, 6, PRO, PRO),
 )
 
 
@@ -114,7 +141,7 @@ def recorded(model: str, count: int) -> tuple[list[Token], int]:
     session, layers, step = engine.session(), engine.config.num_hidden_layers, list[list[list[int]]]()
 
     def watch(door: str, given: tuple[Any, ...]) -> None:
-        if door == "experts_into_streams":  # what the router will choose there
+        if door == DOOR:  # what the router will choose there
             x, ids, router, *_ = given
             step.append(route(x, router, ids)[1].tolist())
         if len(step) == layers:  # a prompt's tokens come together
@@ -123,10 +150,14 @@ def recorded(model: str, count: int) -> tuple[list[Token], int]:
 
     with backends.watched(watch):
         while len(tokens) < count:
+            before = len(tokens)
             asked = rng.choice(QUESTIONS).format(rng.randrange(100), rng.randrange(100))
             for _ in engine.chat([{"role": "user", "content": asked}], session=session, sampling=Sampling(seed=len(tokens))):
                 if len(tokens) >= count:
                     break
+            if len(tokens) == before:
+                raise SystemExit(f"{model} answered, and through the door {DOOR} came no choice of {layers} layers. "
+                                 "Experts have another door now; name it in DOOR.")
     return tokens[:count], engine.config.n_routed_experts
 
 
@@ -175,6 +206,7 @@ class Recent:
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
+        placement.kept.clear()  # whatever lies there may leave, so no layer is ever known to be whole
         self.tiers = [(tier, len(tier), OrderedDict.fromkeys(sorted(tier))) for tier in (placement.vram, placement.ram)]
 
     def touch(self, expert: Expert) -> None:

@@ -129,10 +129,19 @@ def test_the_placement_bound_loses_the_policies_time_in_layers() -> None:
     machine = module.Machine("small", 0.16, 1, 1000, 50, 10, 1, load)
     rates = module.compare(machine, module.trace(load, 1.0, 1024))
     lost = 1 / rates["placement bound"] - 1 / rates["split bound"]
-    most = module.LAUNCH_S * (module.ALONE + module.BESIDE) + module.READ_S + module.JOIN_S
-    assert 4 * module.LAUNCH_S * module.ALONE <= lost <= 4 * most
+    costs = machine.costs()
+    most = costs.lost + costs.parted + costs.beside + costs.read + costs.join
+    assert 4 * costs.lost <= lost <= 4 * most
     assert 0.8 * rates["placement bound"] < rates["hot"] < rates["split bound"] < rates["clairvoyant"]
     assert max(rates["LRU"], rates["first layers"]) < rates["hot"]
+
+
+def test_a_door_of_another_name_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than waited for."""
+    module = simulation()
+    monkeypatch.setattr(module, "DOOR", "renamed")
+    with pytest.raises(SystemExit, match="renamed"):
+        module.recorded("tiny", 20)
 
 
 def test_choices_that_a_model_made_are_replayed() -> None:

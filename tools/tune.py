@@ -34,7 +34,7 @@ from dsv4_kernels.router import Router
 from dsv4_kernels.tuned import Rows, Sizes
 from dsv4_kernels.unpack import LAYOUTS
 from dsv4_quant.formats import FORMATS
-from dsv4cli.model.recording import Record, recorder
+from dsv4cli.model.recording import Record, alone, recorder
 from tools.random_weights import packed
 
 WORTH = 0.9  # of the default's time: what a row has to save
@@ -282,7 +282,7 @@ def repeated(run: Run, record: Record | None) -> Run:
     if record is None:
         return run
     try:
-        return record(run).replay
+        return alone(record, run).replay
     except RuntimeError:
         return run
 

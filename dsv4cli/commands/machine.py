@@ -82,9 +82,9 @@ def tried(device: str) -> str:
 
     where = torch.device(device)
     try:
-        recording, ids = Recording(where, recorder(where)), torch.zeros(1, dtype=torch.int64, device=where)
+        recording, ids = Recording(where, recorder), torch.zeros(1, dtype=torch.int64, device=where)
         for position in range(2):  # the second one is recorded
-            recording.run("trial", ids, position, lambda ids, position: ids + position)
+            recording.run("trial", ids, position, lambda ids, position, by_host: ids + position)
     except RuntimeError as failure:  # no memory left on the card, say
         return f"nobody knows whether their launches can be recorded: {str(failure).partition(chr(10))[0]}"
     if recording.trouble is not None:

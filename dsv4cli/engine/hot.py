@@ -153,13 +153,10 @@ class Hot:
     def _chosen(self, layers: range) -> tuple[Counter[Expert], int]:
         """How often each of the layers' experts was chosen since the last time, and in how many tokens."""
         found, tokens = Counter[Expert](), 0
-        for number in layers:
-            seen = self.tiers.layers[number].seen
-            tokens = sum(len(chosen) for chosen in seen)
-            for chosen in seen:
-                times = chosen.cpu().flatten().bincount().tolist()
-                found.update({(number, expert): count for expert, count in enumerate(times) if count})
-            seen.clear()
+        for number, chosen in self.tiers.chosen(layers):
+            tokens += len(chosen) if number == layers.start else 0
+            times = chosen.flatten().bincount().tolist()
+            found.update({(number, expert): count for expert, count in enumerate(times) if count})
         return found, tokens
 
     def _say_smaller(self) -> None:

@@ -52,18 +52,21 @@ class Costs:
     lost: float  # in every layer: calls, launches, what is too small to be counted
     token: float = 0.0  # lost once
     card: bool = False  # a card computes what is dense and the experts that it has, the CPU the others beside it
-    read: float = 0.0  # until the CPU knows the choice of a layer that is not whole on the card
-    join: float = 0.0  # until the card has what the CPU computed
+    parted: float = 0.0  # lost more in a layer that is not whole on the card, in which the CPU has a part
+    beside: float = 0.0  # lost there by the card while the CPU does its part
+    read: float = 0.0  # until the CPU knows that layer's choice
+    join: float = 0.0  # until the card goes on, with what the CPU computed
 
     def layer(self, hits: int, near: int, far: int, whole: bool) -> float:
-        """Of one layer whose token chose so many experts in each tier. With a card the shared expert is computed there while the
-        CPU reads the choice, and then the hits while the CPU computes the others; a layer that is whole is read by nobody."""
-        beside = near * self.near + far * self.far
+        """Of one layer whose token chose so many experts in each tier. With a card the shared expert and the hits are computed
+        there while the CPU reads the choice and computes the others, if any. A layer that is whole is read by nobody."""
+        others = near * self.near + far * self.far
         if not self.card:
-            return self.lost + self.dense + self.shared + beside
-        read = 0.0 if whole else self.read
-        on_card, on_cpu = max(self.shared, read) + hits * self.hit, read + beside + self.join if near or far else 0.0
-        return self.lost + self.dense + max(on_card, on_cpu)
+            return self.lost + self.dense + self.shared + others
+        on_card = self.shared + hits * self.hit
+        if whole:
+            return self.lost + self.dense + on_card
+        return self.lost + self.parted + self.dense + max(self.beside + on_card, self.read + others + self.join)
 
 
 def work_of(header: Header, depth: int, numerics: str) -> Work:

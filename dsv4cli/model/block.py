@@ -35,4 +35,4 @@ class Block:
         streams, sums = self.attention(x, step, state, Residual(streams, post, across, w.hc_ffn.fn))
 
         x, post, across = mix_streams(streams, w.hc_ffn, self.hyper, w.ffn_norm, sums)
-        return self.moe(x, step.ids, Residual(streams, post, across, self.after))
+        return self.moe(x, step, Residual(streams, post, across, self.after))

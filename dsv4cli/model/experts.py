@@ -1,9 +1,12 @@
 """Routed experts of which a card holds some, and the mapped file all: `Tiers` is the one door to those of a layer.
 
-A token's router decides on the card; the host reads its choice. What lies in slots is computed on the card. The rest is
-computed by the CPU where it lies, from a copy of the tokens, while the card computes its own part; or, for more than BESIDE
-tokens, copied to the card in groups, one on its way while the other is computed. Sums have one order for a given placement:
-shared expert, card's experts, the others.
+A token's router decides on the card; the host reads its choice, unless all experts of the layer lie in slots. What lies in slots
+is computed on the card. The rest is computed by the CPU where it lies, from a copy of the tokens, while the card computes its
+own part; or, for more than BESIDE tokens, copied to the card in groups, one on its way while the other is computed. Sums have
+one order for a given placement: card's experts and the shared one, the others.
+
+What a card launches for a single token is the same whatever was chosen, so a recorded run serves them all: kernels find out
+themselves what lies in slots, and the host acts between two pieces (model/recording.py).
 """
 
 from __future__ import annotations
@@ -16,9 +19,14 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import alloc
+from dsv4_kernels.held import Held, held_experts, join_part, other_experts, route_and_tell
+from dsv4_kernels.hyper import spread_streams
 from dsv4_kernels.moe import Expert, Experts, routed_experts, shared_expert
 from dsv4_kernels.native.queue import by_torch, settle
-from dsv4cli.model.slots import Card, Room, slot_bytes
+from dsv4_kernels.residual import Joined, Residual, experts_into_streams
+from dsv4_kernels.router import Router, route
+from dsv4cli.model.slots import Card, Desk, Room, slot_bytes
+from dsv4cli.model.step import Step
 
 BESIDE = 16  # tokens up to which the CPU computes what is missing: more of them share the time of a copy
 Place = tuple[int, int]  # layer, number
@@ -27,31 +35,58 @@ Place = tuple[int, int]  # layer, number
 class Tiers:
     """The routed experts of one layer."""
 
-    def __init__(self, experts: Experts, card: Card) -> None:
-        """experts: where they lie in the mapped file."""
+    def __init__(self, experts: Experts, card: Card, desk: Desk) -> None:
+        """experts: where they lie in the mapped file. desk: where card and host meet, one for all layers of a card."""
         self.experts = experts
         self.card = card
+        self.desk = desk
         self.seen: list[Tensor] = []  # experts chosen, int64 [t, k], on the host or the card, since a pass began
         self.slots: dict[int, int] = {}  # by expert
+        self.told = torch.zeros(desk.told.experts.shape, dtype=torch.int64, device=card.device)  # a whole layer's last choice
+        self.stays = True  # recorded runs know where everything is
         self._copies: dict[int, Expert] = {}
-        self._where = torch.full((len(experts),), -1)  # of each expert, its place in _there
-        self._there = Experts()
+        self.anew()
 
-    def __call__(self, x: Tensor, shares: Tensor, chosen: Tensor, shared: Expert, limit: float) -> Tensor:
-        """Shared expert and chosen ones. x [t, hidden], shares [t, k], chosen int64 [t, k], all on the card -> [t, hidden]."""
-        if len(self._there) == len(self.experts):
+    @property
+    def whole(self) -> bool:
+        """Whether all experts lie in slots; then the host has no part in this layer."""
+        return len(self.slots) == len(self.experts)
+
+    def __call__(self, x: Tensor, step: Step, router: Router, shared: Expert, limit: float, residual: Residual) -> Joined:
+        """Shared expert and chosen ones. x [t, hidden], on the card; what comes out joins the streams."""
+        if self.whole and step.live is not None:
+            return experts_into_streams(x, step.ids, router, shared, self._held.there, limit, residual, self.told)
+        if len(x) == 1 and not self.whole:
+            shares, chosen = route_and_tell(x, router, step.ids, self.desk.told)
+            step.by_host(self.desk.mark)
+            out = held_experts(x, shares, chosen, shared, self._held, limit)  # while the host does its part
+            step.by_host(lambda: self._answer(limit))
+            return join_part(out, self.desk.part, residual)
+        out = self._of_several(x, *route(x, router, step.ids), shared, limit)
+        return Joined(spread_streams(out, residual.streams, residual.post, residual.across))
+
+    def _answer(self, limit: float) -> None:
+        """The host's part of a single token: computes what is chosen and lies in no slot."""
+        told = self.desk.wait()
+        self.seen.append(told.experts.clone())
+        other_experts(told, self.experts, self._held, limit, self.desk.part)
+
+    def _of_several(self, x: Tensor, shares: Tensor, chosen: Tensor, shared: Expert, limit: float) -> Tensor:
+        """Shared expert and chosen ones of any number of tokens. shares [t, k], chosen int64 [t, k], all on the card ->
+        [t, hidden]."""
+        if self.whole:
             self.seen.append(chosen)
-            return routed_experts(x, shares, chosen, self._there, limit, onto=shared_expert(x, shared, limit))
+            return routed_experts(x, shares, chosen, self._held.there, limit, onto=shared_expert(x, shared, limit))
         few = len(x) <= BESIDE
         fetched = self.card.to_host(shares, chosen, *([x] if few else []))
         out = shared_expert(x, shared, limit)  # while the host waits for the choice
         shares, chosen, *copied = fetched.wait()
         self.seen.append(chosen)
-        places = self._where[chosen]
+        places = self._held.places[chosen]
         hits = places >= 0
         if hits.any():
             held = [self.card.to_card(each) for each in picked(shares, places, hits)]
-            out = routed_experts(x, held[0], held[1], self._there, limit, onto=out)
+            out = routed_experts(x, held[0], held[1], self._held.there, limit, onto=out)
         if hits.all():
             return out
         if few:
@@ -63,20 +98,19 @@ class Tiers:
         copies = self.card.put([self.experts[number] for number in numbers], slots)
         self.slots.update(zip(numbers, slots, strict=True))
         self._copies.update(zip(numbers, copies, strict=True))
-        self._look_up()
+        self.stays &= self._held.hold(self._copies)
 
     def release(self, numbers: Iterable[int]) -> None:
         """Computes with these copies no more."""
         for number in numbers:
             self._copies.pop(number, None)
-        self._look_up()
+        self.stays &= self._held.hold(self._copies)
         self.slots = {number: slot for number, slot in self.slots.items() if number in self._copies}
 
-    def _look_up(self) -> None:
-        numbers = sorted(self._copies)
-        self._where.fill_(-1)
-        self._where[torch.tensor(numbers, dtype=torch.int64)] = torch.arange(len(numbers))
-        self._there = Experts(self._copies[number] for number in numbers)
+    def anew(self) -> None:
+        """Nothing that kernels know is where it was. To be called when slots are gone, and nothing lies in them any more."""
+        self._held = Held(len(self.experts), self.card.views(self.experts[0]), self.card.device)
+        self._held.hold(self._copies)
 
     def _beside(self, x: Tensor, shares: Tensor, chosen: Tensor, limit: float, out: Tensor) -> Tensor:
         """Adds what the CPU computes. x, shares and chosen are the host's."""
@@ -123,9 +157,12 @@ class TieredExperts:
         self.lock = RLock()
         self.rooms = tuple(rooms)
         largest = [max(slot_bytes(experts[0]) for experts in layers[room.first:room.last]) for room in rooms]
-        self.cards = [Card(room.device, room.slots, size, staged) for room, size in zip(rooms, largest, strict=True)]
-        self.layers = [Tiers(experts, card) for room, card in zip(rooms, self.cards, strict=True)
+        self.cards = [Card(room.device, room.slots, size, staged, room.slots < (room.last - room.first) * len(layers[0]))
+                      for room, size in zip(rooms, largest, strict=True)]
+        desks = [Desk(room.device, layers[0][0].w1.shape[1], staged) for room in rooms]
+        self.layers = [Tiers(experts, card, desk) for room, card, desk in zip(rooms, self.cards, desks, strict=True)
                        for experts in layers[room.first:room.last]]
+        self.layout = 0  # changes with whatever recorded runs know by its address, or how their pieces are cut
         everyone = ((layer, number) for number in range(len(layers[0])) for layer in range(len(layers)))
         self._hold(everyone if wanted is None else wanted)
 
@@ -136,6 +173,22 @@ class TieredExperts:
             for layer in self.layers:
                 layer.seen.clear()
             yield
+
+    def count_whole(self) -> None:
+        """To be called behind a single token: what whole layers chose has been seen too."""
+        for layer in self.layers:
+            if layer.whole:
+                layer.seen.append(layer.told)
+
+    def chosen(self, layers: range) -> Iterator[tuple[int, Tensor]]:
+        """What these layers chose in the last pass, int64 [t, k] on the host, and forgets it."""
+        found = [(number, chosen) for number in layers for chosen in self.layers[number].seen]
+        far = [chosen for _, chosen in found if chosen.device.type != "cpu"]
+        copied = iter(torch.cat(far).cpu().split([len(each) for each in far]) if far else ())
+        for number, chosen in found:
+            yield number, chosen if chosen.device.type == "cpu" else next(copied)
+        for number in layers:
+            self.layers[number].seen.clear()
 
     @property
     def resident(self) -> list[set[Place]]:
@@ -152,14 +205,19 @@ class TieredExperts:
         """Exchanges experts of one card's layers; of those that come, as many as there are slots then. What an interrupt leaves
         undone, the next exchange can do."""
         with self.lock:
+            whole = [layer.whole for layer in self.layers]
             self._release(leaving)
             self._hold(sorted(coming))
+            self.layout += whole != [layer.whole for layer in self.layers] or not all(layer.stays for layer in self.layers)
+            for layer in self.layers:
+                layer.stays = True
 
     def shrink(self, keep: Sequence[Place] = ()) -> int:
         """Frees a piece of each card's slots; returns how many slots were lost. keep: what to move elsewhere first, if it lay
         there: the dearest first."""
         with self.lock:
             settle()
+            self.layout += 1
             return sum(self._shrunk(room, card, keep) for room, card in zip(self.rooms, self.cards, strict=True))
 
     def _shrunk(self, room: Room, card: Card, keep: Sequence[Place]) -> int:
@@ -167,6 +225,8 @@ class TieredExperts:
         layers = range(room.first, room.last)
         homeless = {(layer, number) for layer in layers for number, slot in self.layers[layer].slots.items() if slot in lost}
         self._release(homeless)
+        for layer in self.layers[room.first:room.last] if lost else ():
+            layer.anew()
         dear = [place for place in keep if place[0] in layers][:len(card.slots)]
         coming = [place for place in dear if place in homeless]
         there = {(layer, number) for layer in layers for number in self.layers[layer].slots}

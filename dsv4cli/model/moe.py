@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor
 
-from dsv4_kernels.hyper import spread_streams
 from dsv4_kernels.moe import ask_for
 from dsv4_kernels.residual import Joined, Residual, experts_into_streams
-from dsv4_kernels.router import Router, route
+from dsv4_kernels.router import Router
 from dsv4_quant.config import ModelConfig
 from dsv4cli.model.experts import Tiers
+from dsv4cli.model.step import Step
 from dsv4cli.model.weights import MoeWeights
 
 
@@ -26,13 +28,12 @@ class Moe:
     def ask_for(self, token: int) -> None:
         """Has the system read a token's experts from the disk, where the token's id tells which these are."""
         if self.weights.table is not None:
-            held = self.tiers.slots if self.tiers else ()
+            held: Collection[int] = self.tiers.slots if self.tiers else ()
             ask_for(self.weights.experts, [number for number in self.weights.table[token].tolist() if number not in held])
 
-    def __call__(self, x: Tensor, ids: Tensor, residual: Residual) -> Joined:
-        """x [t, hidden], normed; ids int64 [t]; what comes out joins the streams."""
+    def __call__(self, x: Tensor, step: Step, residual: Residual) -> Joined:
+        """x [t, hidden], normed; what comes out joins the streams."""
         w = self.weights
         if self.tiers is None:
-            return experts_into_streams(x, ids, self.router, w.shared, w.experts, self.limit, residual)
-        out = self.tiers(x, *route(x, self.router, ids), w.shared, self.limit)
-        return Joined(spread_streams(out, residual.streams, residual.post, residual.across))
+            return experts_into_streams(x, step.ids, self.router, w.shared, w.experts, self.limit, residual)
+        return self.tiers(x, step, self.router, w.shared, self.limit, residual)

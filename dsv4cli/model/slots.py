@@ -1,6 +1,8 @@
 """Slots of a card: room for packed experts of any of its layers, and how they are copied there from the mapped file.
 
-Bytes go through pinned memory, in two halves: while one half is on its way, on a stream of its own, the host fills the other.
+Bytes go through pinned memory, in two halves: while one half is on its way, on a stream of its own, the host fills the other. A
+card with a slot for each of its experts has none of that: they come once, straight from the file. `Desk` is where card and host
+meet in a decoded token.
 The same code runs with the CPU as the card; then nothing is asynchronous, and streams and events are None.
 """
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import alloc
+from dsv4_kernels.held import Told
 from dsv4_kernels.moe import Expert, Experts
 from dsv4_kernels.native.queue import settle
 from dsv4_quant.formats import Packed
@@ -35,13 +38,17 @@ class Room(NamedTuple):
 class Card:
     """Slots for the experts of one card's layers, and buffers for `staged` at a time that only pass through."""
 
-    def __init__(self, device: torch.device | str, slots: int, nbytes: int, staged: int) -> None:
-        """nbytes: of a slot, for the largest expert. Has fewer slots where the card has less memory than was asked for."""
+    def __init__(self, device: torch.device | str, slots: int, nbytes: int, staged: int, passing: bool = True) -> None:
+        """nbytes: of a slot, for the largest expert. passing: whether experts will pass through, having no slot; otherwise
+        buffers are made when there is need all the same. Has fewer slots where the card has less memory than was asked for."""
         self.device = torch.device(device)
         self.nbytes = nbytes
+        self.staged = staged  # how many experts pass through at once
         self.lacking = 0  # slots that there was no memory for, or that were given back
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._halves = [_Half(self.device, staged, nbytes) for _ in range(2)]
+        self._halves: list[_Half] = []
+        if passing:
+            self._make_buffers()
         self._turn = 0
         self._pieces: dict[int, Tensor] = {}  # by number of the piece; slots of one that is gone are no more
         self._per_piece = max(1, -(-slots // PIECES))
@@ -58,10 +65,9 @@ class Card:
         """The numbers of the slots that there are."""
         return [number * self._per_piece + place for number, piece in self._pieces.items() for place in range(len(piece))]
 
-    @property
-    def staged(self) -> int:
-        """How many experts pass through at once."""
-        return len(self._halves[0].host)
+    def views(self, like: Expert) -> Expert | None:
+        """The first slot as an expert like that, whatever lies there; None where there are no slots. It goes last."""
+        return _view(like, next(iter(self._pieces.values()))[0]) if self._pieces else None
 
     def put(self, experts: Sequence[Expert], slots: Sequence[int]) -> list[Expert]:
         """Copies experts into slots; what lay there must not be needed any more. Returns the copies."""
@@ -71,13 +77,18 @@ class Card:
             targets = [self._at(slot) for slot in slots[start:start + self.staged]]
             if self._stream is not None:
                 self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            self._sent(these, targets).landed(self._stream)
+            if self._halves:
+                self._sent(these, targets).landed(self._stream)
+            else:
+                _copy_parts(these, targets)
             made += [_view(expert, target) for expert, target in zip(these, targets, strict=True)]
         return made
 
     def bring(self, experts: Sequence[Expert]) -> Experts:
         """Copies at most `staged` experts, alike, into buffers; they lie there until the second call from now. The list may be
         longer: behind them is what lay there before."""
+        if not self._halves:
+            self._make_buffers()
         half = self._halves[self._turn]
         half.demand_read(self._stream)
         self._sent(experts, half.there[:len(experts)].unbind()).landed(self._stream)
@@ -110,6 +121,9 @@ class Card:
             torch.cuda.synchronize(self.device)
         return [number * self._per_piece + place for place in range(len(piece))]
 
+    def _make_buffers(self) -> None:
+        self._halves = [_Half(self.device, self.staged, self.nbytes) for _ in range(2)]
+
     def _buffer(self, count: int) -> Tensor:
         return alloc.empty((count, self.nbytes), torch.uint8, self.device)
 
@@ -123,10 +137,34 @@ class Card:
         half.demand_sent()
         with _on(self._stream):
             for bytes_here, expert, target in zip(half.host, experts, targets, strict=False):
-                for part, place in _placed(expert):
-                    bytes_here[place:place + part.nbytes].copy_(part.reshape(-1).view(torch.uint8))
+                _copy_parts([expert], [bytes_here])
                 target.copy_(bytes_here, non_blocking=True)
         return half
+
+
+class Desk:
+    """Where a card tells the host what it chose for one token, and gets back what the host computed. Memory of the host that
+    the card's kernels read and write themselves; always the same, so that recorded launches find it."""
+
+    def __init__(self, device: torch.device | str, width: int, chosen: int) -> None:
+        """width: of a token's vector; chosen: experts that it visits in a layer."""
+        self.device = torch.device(device)
+        pinned = self.device.type == "cuda"
+        self.part = torch.zeros(1, width, pin_memory=pinned)
+        self.told = Told(torch.zeros(1, width, pin_memory=pinned), torch.zeros(1, chosen, pin_memory=pinned),
+                         torch.zeros(1, chosen, dtype=torch.int64, pin_memory=pinned))
+        self._event: torch.cuda.Event | None = None
+
+    def mark(self) -> None:
+        """What the card was given to do so far ends with the choice."""
+        self._event = _recorded(self.device)
+
+    def wait(self) -> Told:
+        """Returns when the card came to the mark."""
+        settle()
+        if self._event is not None:
+            self._event.synchronize()
+        return self.told
 
 
 class _Half:
@@ -193,6 +231,13 @@ def _placed(expert: Expert) -> Iterator[tuple[Tensor, int]]:
             if part is not None:
                 yield part, place
                 place += _aligned(part.nbytes)
+
+
+def _copy_parts(experts: Sequence[Expert], targets: Sequence[Tensor]) -> None:
+    """Copies the bytes of experts to where they are to lie; targets uint8 [slot]."""
+    for expert, target in zip(experts, targets, strict=True):
+        for part, place in _placed(expert):
+            target[place:place + part.nbytes].copy_(part.reshape(-1).view(torch.uint8))
 
 
 def _view(expert: Expert, slot: Tensor) -> Expert:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dsv4_kernels.norm_rope import Entry, Yarn, frequencies, place_token, turns
 from dsv4_quant.config import ModelConfig
+from dsv4cli.model.recording import ByHost, at_once
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Step:
 
     Whatever depends on positions alone is made once, here, on the device of the ids; it lives as long as the step. `live` is
     None, or int64 [1]: the only token's position in the device's memory. Kernels then read it there, all else is computed from
-    it, and `start` only says of what kind the token is, so that the launches of one step serve the next one of its kind.
+    it, and `start` only says of what kind the token is, so that the launches of one step serve the next one of its kind. What the
+    host has to do in the middle of a step goes through `by_host`.
     """
 
     ids: Tensor
@@ -57,21 +59,22 @@ class Step:
     compress_turns: Tensor
     live: Tensor | None
     ring_row: Tensor | None  # int64 [1]: where a ring keeps the key of a live step's token
+    by_host: ByHost
     _rope: Rope
     _entries: dict[int, Entry] = field(default_factory=dict)  # of a live step's token, by ratio
     _groups: dict[int, Groups] = field(default_factory=dict)
 
     @classmethod
-    def at(cls, ids: Tensor, start: int, rope: Rope, live: Tensor | None = None) -> Step:
+    def at(cls, ids: Tensor, start: int, rope: Rope, live: Tensor | None = None, by_host: ByHost = at_once) -> Step:
         if live is None:
             positions = torch.arange(start, start + len(ids), device=ids.device)
-            return cls(ids, start, turns(positions, rope.window), turns(positions, rope.compress), None, None, rope)
+            return cls(ids, start, turns(positions, rope.window), turns(positions, rope.compress), None, None, by_host, rope)
         near, far, row, entries = place_token(live, rope.window, rope.compress, rope.ring, rope.ratios)
-        return cls(ids, start, near, far, live, row, rope, dict(zip(rope.ratios, entries, strict=True)))
+        return cls(ids, start, near, far, live, row, by_host, rope, dict(zip(rope.ratios, entries, strict=True)))
 
     def to(self, device: torch.device, rope: Rope) -> Step:
         """The same step for layers on another device, where `rope` lies too."""
-        return Step.at(self.ids.to(device), self.start, rope, None if self.live is None else self.live.to(device))
+        return Step.at(self.ids.to(device), self.start, rope, None if self.live is None else self.live.to(device), self.by_host)
 
     def groups(self, ratio: int) -> Groups:
         """The groups of all layers that compress `ratio` tokens into one."""

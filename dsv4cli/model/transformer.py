@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from dsv4cli.model.block import Block
 from dsv4cli.model.experts import Place, TieredExperts, Tiers
 from dsv4cli.model.files import MappedFiles
 from dsv4cli.model.numerics import Numerics, numerics_named
-from dsv4cli.model.recording import Recording, recorder
+from dsv4cli.model.recording import ByHost, Recording, recorder
 from dsv4cli.model.sizes import EXPAND_LIMIT
 from dsv4cli.model.slots import Room
 from dsv4cli.model.state import State
@@ -39,16 +39,17 @@ class Model:
     def __init__(self, weights: ModelWeights, config: ModelConfig, numerics: Numerics, files: MappedFiles | None = None, *,
                  records: bool = True, tiers: TieredExperts | None = None) -> None:
         """files: those that weights are mapped from, if any are. records: whether decoded tokens may be CUDA graphs. tiers: of
-        routed experts that lie in several places; then the host has its part in each layer, and there are no graphs."""
+        routed experts that lie in several places; then the host has its part in each layer that is not whole on its card."""
         self.weights = weights
         self.tiers = tiers
         self.config = config
         self.numerics = numerics
         self.files = files
-        self.records = records and tiers is None
+        self.records = records
         self.device = weights.norm.device
         self.devices = [layer.attn_norm.device for layer in weights.layers]
         self.ropes = {device: Rope.of(config).to(device) for device in {*self.devices}}
+        self.landings: dict[torch.device, Landing] = {}
         readers = [*(layer.hc_attn for layer in weights.layers[1:]), weights.hc_head]
         each: Sequence[Tiers | None] = tiers.layers if tiers else [None] * len(weights.layers)
         self.blocks = [Block(layer, config, number, numerics, reader.fn.to(layer.attn_norm.device), own)
@@ -140,12 +141,17 @@ class Model:
         full = tuple(ratio for ratio in self._ratios if (position + 1) % ratio == 0)
         chooses = self._indexer is not None and self._indexer.chooses(position + 1)
 
-        def compute(ids: Tensor, live: Tensor) -> Tensor:
-            return self._computed(self._embedded(ids), Step.at(ids, position, self.ropes[ids.device], live), state, wanted)
+        def compute(ids: Tensor, live: Tensor, by_host: ByHost) -> Tensor:
+            step = Step.at(ids, position, self.ropes[ids.device], live, by_host)
+            return self._computed(self._embedded(ids), step, state, wanted)
 
-        if state.recording is None:
-            state.recording = Recording(self.devices[0], recorder(self.devices[0]) if self.records else None)
-        return state.recording.run((full, chooses, wanted), ids, position, compute)
+        layout = self.tiers.layout if self.tiers else 0
+        if state.recording is None or state.recording.layout != layout:
+            state.recording = Recording(self.devices[0], recorder if self.records else _nothing, layout)
+        rows = state.recording.run((full, chooses, wanted), ids, position, compute)
+        if self.tiers is not None:
+            self.tiers.count_whole()
+        return rows
 
     def _embedded(self, ids: Tensor) -> Tensor:
         """ids [t] -> streams [t, hc_mult, hidden], all alike."""
@@ -156,11 +162,22 @@ class Model:
         given = Joined(streams)
         for block, layer, device in zip(self.blocks, state.layers, self.devices, strict=True):
             if device != given.streams.device:
-                given, step = moved(given, device), step.to(device, self.ropes[device])
+                given, step = self._crossed(given, step, device)
             with self._on(device):
                 given = block(given, step, layer)
         with self._on(self.device):
             return self._head(given, wanted) if wanted else given.streams
+
+    def _crossed(self, given: Joined, step: Step, device: torch.device) -> tuple[Joined, Step]:
+        """Streams and step on the card of the next layers. What is recorded finds them in memory of their own there."""
+        live = step.live
+        if live is None:
+            return moved(given, device), step.to(device, self.ropes[device])
+        if device not in self.landings:
+            self.landings[device] = Landing(*(torch.empty_like(each, device=device) for each in (given.streams, step.ids, live)))
+        landing = self.landings[device]
+        step.by_host(lambda: landing.take(given.streams, step.ids, live), device)
+        return Joined(landing.streams), Step.at(landing.ids, step.start, self.ropes[device], landing.live, step.by_host)
 
     def _on(self, device: torch.device) -> AbstractContextManager[object]:
         """Kernels are launched on the current card, so it has to be the one whose layers they compute."""
@@ -183,6 +200,22 @@ class Model:
         if least < 0 or most >= size:
             raise UsageError(f"Token id {least if least < 0 else most} is outside the vocabulary of {size}.",
                              f"Ids go from 0 to {size - 1}.")
+
+
+class Landing(NamedTuple):
+    """Where a decoded token arrives on another card."""
+
+    streams: Tensor  # [1, hc_mult, hidden]
+    ids: Tensor      # int64 [1]
+    live: Tensor     # int64 [1]
+
+    def take(self, *given: Tensor) -> None:
+        for to, what in zip(self, given, strict=True):
+            to.copy_(what, non_blocking=True)
+
+
+def _nothing(device: torch.device) -> None:
+    """Records nothing."""
 
 
 def moved(given: Joined, device: torch.device) -> Joined:

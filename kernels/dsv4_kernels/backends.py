@@ -20,7 +20,7 @@ from dsv4_kernels.unpack import LAYOUTS
 from dsv4_quant.errors import QuantError
 
 OPERATIONS = ("linear", "norm_rope", "rounding", "cache", "hyper", "compressor", "indexer", "prologue", "attention",
-              "router", "moe", "residual", "sampling")
+              "router", "moe", "residual", "held", "sampling")
 NATIVE = {"cpu": "cpu", "cuda": "gpu"}  # device type -> the file that is written for it
 BACKENDS = ("ref", *NATIVE.values())
 Watcher = Callable[[str, tuple[Any, ...]], None]  # (name of the door, what was given to the backend)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from dsv4_kernels import backends, speeds
 from dsv4cli import paths
@@ -22,6 +21,7 @@ from dsv4cli.engine.device import card_trouble
 from dsv4cli.engine.machine import load
 from dsv4cli.model import recording
 from tests.support.program import Outcome, environment
+from tests.support.replay import Replay
 from tests.support.synth import Checkpoint, Shape
 
 Run = Callable[..., Outcome]
@@ -199,17 +199,13 @@ def test_doctor_tells_of_each_operation_on_each_device(run_dsv4: Run, monkeypatc
 
 def test_doctor_tells_whether_tokens_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a stand-in records, where recording is refused, and where the card does not even compute."""
-    class Again:
-        def __init__(self, compute: Callable[[], Tensor]) -> None:
-            self.replay = compute
-
-    def refuse(compute: Callable[[], Tensor]) -> Again:
+    def refuse() -> Replay:
         raise RuntimeError("not permitted while capturing\nand so on")
 
     def broken(device: torch.device) -> None:
         raise RuntimeError("out of memory")
 
-    for record, told in ((lambda device: Again, "recorded once and replayed as a graph"),
+    for record, told in ((lambda device: Replay, "recorded once and replayed as a graph"),
                          (lambda device: refuse, "one by one, since recording one failed: not permitted while capturing"),
                          (broken, "nobody knows whether their launches can be recorded: out of memory")):
         monkeypatch.setattr(recording, "recorder", record)

@@ -50,7 +50,7 @@ def test_without_a_gpu_everything_is_read_from_memory() -> None:
 def test_only_a_layer_that_is_whole_asks_nobody() -> None:
     asking = Costs(dense=0.0, shared=0.0, hit=0.1, near=1.0, far=10.0, lost=0.0, card=True, read=0.5, join=0.25)
     placed = Placement({(0, number) for number in range(4)} | {(1, 0), (1, 1)}, {(1, 2), (1, 3)})
-    assert token_seconds([[0, 1], [0, 1]], placed, LOAD, asking) == pytest.approx(0.2 + 0.5 + 0.2)
+    assert token_seconds([[0, 1], [0, 1]], placed, LOAD, asking) == pytest.approx(0.2 + 0.5 + 0.25)
     assert token_seconds([[0, 1], [0, 2]], placed, LOAD, asking) == pytest.approx(0.2 + 0.5 + 0.25 + 1.0)
 
 

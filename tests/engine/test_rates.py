@@ -101,10 +101,14 @@ def test_a_card_computes_beside_the_cpu() -> None:
 
 
 def test_a_layer_that_is_not_whole_has_to_be_asked() -> None:
-    """Hidden behind the shared expert where that takes longer; the hits wait for it."""
+    """Even if nothing was missed, for only then it goes on; hidden behind what the card computes where that takes longer."""
     asked = replace(CARD, read=5.0)
-    assert asked.layer(6, 0, 0, whole=False) == pytest.approx(0.25 + 1 + 5 + 0.6)
+    assert asked.layer(6, 0, 0, whole=False) == pytest.approx(0.25 + 1 + 5 + 0.4)
     assert CARD.layer(6, 0, 0, whole=False) == CARD.layer(6, 0, 0, whole=True)
+    more = replace(CARD, parted=0.1, beside=0.05)
+    assert more.layer(6, 0, 0, whole=False) == pytest.approx(0.25 + 0.1 + 1 + 0.05 + 0.5 + 0.6)
+    assert more.layer(4, 2, 0, whole=False) == pytest.approx(0.1 + CARD.layer(4, 2, 0, whole=False))
+    assert more.layer(6, 0, 0, whole=True) == CARD.layer(6, 0, 0, whole=True)
 
 
 def measured(header: Header) -> Profile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_official_numerics_and_every_placement_of_a_layer(bound: Bound, ids: Ten
         expected = routed_experts(x, shares, chosen, experts.experts, 10., onto=shared_expert(x, experts.shared, 10.))
         for held in ((), (0,), (1, 4, 5), range(7)):
             tiers = TieredExperts([experts.experts], [Room("cpu", 0, 1, len(held))], 2, [(0, number) for number in held])
-            assert_close(tiers.layers[0](x, shares, chosen, experts.shared, 10.), expected)
+            assert_close(tiers.layers[0]._of_several(x, shares, chosen, experts.shared, 10.), expected)
             assert torch.equal(tiers.layers[0].seen[0], chosen)
 
 
@@ -111,15 +112,20 @@ def test_the_card_computes_from_its_slots_and_the_cpu_the_others_from_the_file(b
     files = {id(layer.moe.experts): number for number, layer in enumerate(model.weights.layers)}
     met: list[tuple[bool, int]] = []  # from the file; how many choices
 
-    def watch(door: str, given: tuple[object, ...]) -> None:
+    def watch(door: str, given: tuple[Any, ...]) -> None:
         if door == "routed_experts":
-            met.append((id(given[3]) in files, given[2].numel()))  # type: ignore[attr-defined]  # chosen
+            met.append((id(given[3]) in files, given[2].numel()))  # chosen
+        elif door == "held_experts":
+            met.append((False, int((given[4].places[given[2]] >= 0).sum())))
+        elif door == "other_experts":
+            met.append((id(given[1]) in files, int((given[2].places[given[0].experts] < 0).sum())))
 
     with backends.watched(watch):
         state = model.new_state(20)
         model.forward(ids[:19], state)
         met.clear()
         model.forward(ids[19:20], state)
+    assert {*files.values()} == {*range(LAYERS)}
     assert sum(count for _, count in met) == LAYERS * Shape().chosen
     here, = tiered(model).resident
     hits = sum((number, expert) in here for number, layer in enumerate(tiered(model).layers)

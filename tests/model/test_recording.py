@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from dsv4_kernels import alloc, backends
 from dsv4_quant.files import open_source
 from dsv4cli.model import transformer
-from dsv4cli.model.recording import Recording, recorder
+from dsv4cli.model.recording import ByHost, Recording, recorder
 from dsv4cli.model.state import Snapshot, State
 from dsv4cli.model.transformer import Model
 from tests.kernels.interpreter import QUIET
@@ -64,9 +64,9 @@ def test_replayed_tokens_are_bitwise_the_described_ones(model: Model, prompted: 
     state, start = State(model.config, 1100, model.numerics, packed=True), prompted[1]
     runs: list[Replay] = []
 
-    def record(compute: Callable[[], Tensor]) -> Replay:
+    def record() -> Replay:
         alloc.poison(False)  # filling memory would be launches too
-        runs.append(Replay(compute))
+        runs.append(Replay())
         return runs[-1]
 
     with monkeypatch.context() as patch:
@@ -80,6 +80,7 @@ def test_replayed_tokens_are_bitwise_the_described_ones(model: Model, prompted: 
     assert isinstance(recording, Recording)
     assert recording.trouble is None
     assert set(recording._runs) == KINDS
+    assert len(runs) == len(KINDS), "a token that the host has no part in is one piece"
     assert all(run.replayed for run in runs), "a kind was recorded and never replayed"
     after = state.snapshot()
     state.reserve(1025)  # moves the storage, whose addresses the recorded runs know
@@ -95,22 +96,72 @@ def _next(model: Model, after: Snapshot) -> Tensor:
 
 
 def test_where_something_waits_for_the_card_nothing_is_recorded_and_it_is_said() -> None:
-    def refuse(compute: Callable[[], Tensor]) -> Replay:
-        asked.append(compute)
-        raise RuntimeError("operation not permitted when stream is capturing\nand so on")
+    """And what was begun is ended, wherever it comes."""
+    class Refusing(Replay):
+        def end(self) -> None:
+            ended.append(self)
+            super().end()
+            if len(ended) % 2 == 0:
+                raise RuntimeError("operation not permitted when stream is capturing\nand so on")
 
-    asked: list[object] = []
-    recording = Recording(torch.device("cpu"), refuse)
-    found = [recording.run("kind", torch.tensor([id]), 10 + id, lambda ids, position: 100 * ids + position) for id in range(4)]
+    def compute(ids: Tensor, position: Tensor, by_host: ByHost) -> Tensor:
+        x = 100 * ids
+        by_host(lambda: acted.append(int(x)))
+        return x + position
+
+    ended: list[Replay] = []
+    acted: list[int] = []
+    recording = Recording(torch.device("cpu"), lambda device: Refusing)
+    found = [recording.run("kind", torch.tensor([id]), 10 + id, compute) for id in range(4)]
     assert torch.cat(found).tolist() == [10, 111, 212, 313]
+    assert acted == [0, 100, 200, 300]
     assert recording.trouble == "operation not permitted when stream is capturing"
-    assert len(asked) == 1
+    assert len(ended) == 3, "of two pieces the second is ended again"
+
+
+def test_the_host_acts_between_two_pieces_and_only_when_they_are_computed() -> None:
+    made, desk, acted = list[Replay](), torch.zeros(2, 1, dtype=torch.int64), list[int]()
+
+    def record() -> Replay:
+        made.append(Replay())
+        return made[-1]
+
+    def answer() -> None:
+        acted.append(int(desk[0]))
+        desk[1] = -desk[0]
+
+    def compute(ids: Tensor, position: Tensor, by_host: ByHost) -> Tensor:
+        desk[0].copy_(ids * position)
+        by_host(answer)
+        return desk[1] + 1
+
+    devices: list[str] = []
+    recording = Recording(torch.device("cpu"), lambda device: devices.append(device.type) or record)
+    found = [int(recording.run("kind", torch.tensor([id]), 7, compute)) for id in (1, 2, 3, 4)]
+    assert (found, acted) == ([-6, -13, -20, -27], [7, 14, 21, 28])
+    assert [piece.replayed for piece in made] == [3, 3]
+    assert devices == ["cpu"]
 
 
 def test_the_stand_in_notices_who_reads_what_the_device_computes() -> None:
-    x = torch.ones(3)
+    x, piece = torch.ones(3), Replay()
+    piece.begin()
     with pytest.raises(RuntimeError, match="_local_scalar_dense waits"):
-        Replay(lambda: x * int(x.sum()))
+        x * int(x.sum())
+    piece.abandon()
+
+
+def test_the_stand_in_computes_nothing_before_it_is_replayed() -> None:
+    x, piece = torch.ones(3), Replay()
+    piece.begin()
+    y = x + 1
+    x.add_(y)
+    piece.end()
+    assert torch.equal(x, torch.ones(3))
+    assert y.isnan().all()
+    for sums in (3., 7.):
+        piece.replay()
+        assert x.tolist() == [sums] * 3
 
 
 def test_only_cards_record() -> None:

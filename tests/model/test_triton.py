@@ -61,7 +61,7 @@ def test_slots_of_a_card_are_read_by_its_kernels(small: Path, request: pytest.Fi
     monkeypatch.setattr(experts, "BESIDE", 2)
     tiers = TieredExperts([layer.experts], [Room("cpu", 0, 1, 2)], 2, [(0, 3), (0, 1)]).layers[0]
     with backends.interpreted():
-        made = [tiers(*each, layer.shared, 10.) for each in given.values()]
+        made = [tiers._of_several(*each, layer.shared, 10.) for each in given.values()]
     request.getfixturevalue("on_reference")
     for out, (x, shares, chosen) in zip(made, given.values(), strict=True):
         assert_close(out, routed_experts(x, shares, chosen, layer.experts, 10., onto=shared_expert(x, layer.shared, 10.)))

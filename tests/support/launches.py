@@ -60,15 +60,18 @@ class Silenced(Protocol):
 
 
 @contextmanager
-def interpreted_launches(mode: Silenced, tell: Callable[[Any, Callable[[], None]], None]) -> Iterator[None]:
+def interpreted_launches(mode: Silenced, tell: Callable[[Any, Callable[[], None]], None], *,
+                         computes: bool = True) -> Iterator[None]:
     """While this lasts, `mode` sees torch's operations but not those by which Triton's interpreter computes; of each launch of a
-    kernel `tell` is told the kernel, and what launches it again."""
+    kernel `tell` is told the kernel, and what launches it again. computes: whether it is launched now, too."""
     from triton.runtime.interpreter import GridExecutor
 
     run = GridExecutor.__call__
 
     def told(executor: Any, *given: Any, **options: Any) -> None:
         tell(executor.fn, lambda: run(executor, *given, **options))
+        if not computes:
+            return
         mode.silent, before = True, mode.silent
         try:
             run(executor, *given, **options)

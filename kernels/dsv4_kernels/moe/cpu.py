@@ -25,7 +25,7 @@ _SLOT = "_native_bank"  # where Experts keep the array of their structs
 
 def routed_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence[Expert], limit: float,
                    onto: Tensor | None = None) -> Tensor:
-    bank = _bank(experts) if x.dtype == weights.dtype == float32 and x.numel() and weights.numel() else None
+    bank = bank_of(experts) if x.dtype == weights.dtype == float32 and x.numel() and weights.numel() else None
     if bank is None or (onto is not None and onto.dtype != float32):
         return by_torch(ref.routed_experts, x, weights, chosen, experts, limit, onto)
     x, weights, chosen = dense(x), dense(weights), dense(chosen)
@@ -41,7 +41,7 @@ def shared_expert(x: Tensor, expert: Expert, limit: float) -> Tensor:
 
 
 def ask_for(experts: Sequence[Expert], numbers: Sequence[int]) -> None:
-    bank = _bank(experts)
+    bank = bank_of(experts)
     if bank is not None:
         load().dsv4_ask_for(bank, (ctypes.c_int64 * len(numbers))(*numbers), len(numbers))
 
@@ -52,7 +52,7 @@ def _everybody(tokens: int) -> tuple[Tensor, Tensor]:
         return ones(tokens, 1), zeros(tokens, 1, dtype=int64)
 
 
-def _bank(experts: Sequence[Expert]) -> ctypes.Array[Weight] | None:
+def bank_of(experts: Sequence[Expert]) -> ctypes.Array[Weight] | None:
     """Gate, up and down of each expert in turn; None when they cannot be computed together. Kept for Experts."""
     if not isinstance(experts, Experts):
         return alloc.held(_gathered(experts))

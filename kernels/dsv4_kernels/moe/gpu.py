@@ -232,7 +232,7 @@ def _down_few(hidden: Pointer, chosen: Pointer, offsets: Pointer, down: Pointer,
     token = tl.program_id(1).to(tl.int64)
     own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     sums = down_rows(hidden, chosen, offsets, down, down_apart, own, token, slots, experts, rows, subs, cols, row_bytes,
-                     apart_cols, FORMAT, FIELDS, LANES, UNIT, ROWS, SUBS)
+                     apart_cols, FORMAT, FIELDS, LANES, UNIT, ROWS, SUBS, False)
     to = out + token * rows + own
     if ADD:
         sums += tl.load(to, own < rows, 0.0)
@@ -242,14 +242,19 @@ def _down_few(hidden: Pointer, chosen: Pointer, offsets: Pointer, down: Pointer,
 @triton.jit
 def down_rows(hidden: Pointer, chosen: Pointer, offsets: Pointer, down: Pointer, down_apart: Pointer, own: Block, token: Block,
               slots: int, experts: int, rows: int, subs: int, cols: int, row_bytes: int, apart_cols: int, FORMAT: tl.constexpr,
-              FIELDS: tl.constexpr, LANES: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, SUBS: tl.constexpr) -> Block:
-    """float32 [ROWS]: what the rows `own` of a token's experts make of its hidden values, summed."""
+              FIELDS: tl.constexpr, LANES: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, SUBS: tl.constexpr,
+              HELD: tl.constexpr) -> Block:
+    """float32 [ROWS]: what the rows `own` of a token's experts make of its hidden values, summed; if HELD, of those experts
+    that a seventh row of the offsets says are held."""
     row, lane = own.to(tl.int64)[:, None, None], tl.arange(0, LANES)[None, None, :]
     total = tl.zeros((ROWS, SUBS, LANES), tl.float32)
     for pair in range(token * slots, (token + 1) * slots):
         offset = offsets + tl.load(chosen + pair)
         data, apart = down + tl.load(offset + 2 * experts) * UNIT, down_apart + tl.load(offset + 5 * experts)
-        for first in range(0, subs, SUBS):
+        walked = subs
+        if HELD:
+            walked = tl.where(tl.load(offset + 6 * experts) != 0, subs, 0)
+        for first in range(0, walked, SUBS):
             sub = first + tl.arange(0, SUBS)[None, :, None]
             inside = (own < rows)[:, None, None] & (sub < subs)
             for FIELD in tl.static_range(FIELDS):

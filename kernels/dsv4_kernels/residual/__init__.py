@@ -41,16 +41,20 @@ def project_into_streams(x: Tensor, weight: Weight, residual: Residual, *, backe
 
 
 def experts_into_streams(x: Tensor, ids: Tensor, router: Router, shared: Expert, experts: Sequence[Expert], limit: float,
-                         residual: Residual, *, backend: str | None = None) -> Joined:
-    """spread_streams(shared_expert(x) + routed_experts(x), ...), with the experts that `route` chooses.
+                         residual: Residual, told: Tensor | None = None, *, backend: str | None = None) -> Joined:
+    """spread_streams(shared_expert(x) + routed_experts(x), ...), with the experts that `route` chooses, and writes to `told`.
 
-    x [t, d], ids int64 [t]. Sums run over the shared expert first, then over experts in any fixed order.
+    x [t, d], ids int64 [t], told int64 [t, k] or None. Sums run over the shared expert first, then over experts in
+    any fixed order.
     """
     _demand_fit(x, residual)
     demand_shape("x", x, None, residual.streams.shape[2])
     demand_shape("ids", ids, x.shape[0])
     demand_shape("router gate", router.gate, len(experts), x.shape[1])
-    return pick("residual", x.device.type, backend).module.experts_into_streams(x, ids, router, shared, experts, limit, residual)
+    if told is not None:
+        demand_shape("told", told, x.shape[0], router.k)
+    module = pick("residual", x.device.type, backend).module
+    return module.experts_into_streams(x, ids, router, shared, experts, limit, residual, told)
 
 
 def _demand_fit(x: Tensor, residual: Residual) -> None:

@@ -11,6 +11,7 @@ from dsv4_kernels.linear import Weight
 from dsv4_kernels.linear.cpu import linear
 from dsv4_kernels.moe import Expert
 from dsv4_kernels.moe.cpu import routed_experts, shared_expert
+from dsv4_kernels.native.queue import by_torch
 from dsv4_kernels.residual import Joined, Residual
 from dsv4_kernels.router import Router, cpu, routed
 
@@ -20,7 +21,9 @@ def project_into_streams(x: Tensor, weight: Weight, residual: Residual) -> Joine
 
 
 def experts_into_streams(x: Tensor, ids: Tensor, router: Router, shared: Expert, experts: Sequence[Expert], limit: float,
-                         residual: Residual) -> Joined:
+                         residual: Residual, told: Tensor | None = None) -> Joined:
     shares, chosen = routed(cpu, x, router, ids)
+    if told is not None:
+        by_torch(told.copy_, chosen)
     out = routed_experts(x, shares, chosen, experts, limit, shared_expert(x, shared, limit))
     return Joined(spread_streams(out, *residual[:3]))

@@ -40,23 +40,25 @@ def project_into_streams(x: Tensor, weight: Weight, residual: Residual) -> Joine
     tokens, sizes = len(x), tuned("residual.project", x.device, found.format)
     rows, subs = few_tile(found.layout, tokens, found.subs, found.rows, sizes)
     programs = triton.cdiv(found.rows, rows)
-    joined, given, constants = _joined(residual, programs)
+    made, given, constants = joined(residual, programs)
     _project[(programs,)](dense(x), found.data, found.apart, given, tokens, found.rows, found.subs, found.cols, found.row_bytes,
                           found.apart_cols, FORMAT=found.format, FIELDS=found.layout.fields, LANES=found.layout.lanes,
                           TOKENS=padded(tokens), ROWS=rows, SUBS=subs, **constants, **options(sizes))
-    return joined
+    return made
 
 
 def experts_into_streams(x: Tensor, ids: Tensor, router: Router, shared: Expert, experts: Sequence[Expert], limit: float,
-                         residual: Residual) -> Joined:
+                         residual: Residual, told: Tensor | None = None) -> Joined:
     known = _known(router, shared, experts) if _few(x, residual) and ids.dtype == int64 else None
     if known is None:
         shares, chosen = routed(gpu, x, router, ids)
+        if told is not None:
+            told.copy_(chosen)
         out = routed_experts(x, shares, chosen, experts, limit, shared_expert(x, shared, limit))
         return Joined(spread_streams(out, *residual[:3]))
     x = dense(x)
     logits, common = _scored(x, known, limit)
-    hidden, chosen = _hidden_of(x, logits, dense(ids), router, known.bank, limit)
+    hidden, chosen = _hidden_of(x, logits, dense(ids), router, known.bank, limit, told)
     return _back(hidden, chosen, common, known, residual)
 
 
@@ -81,8 +83,8 @@ def _few(x: Tensor, residual: Residual) -> bool:
     return 0 < len(x) <= FEW and all(each.dtype == float32 for each in (x, *residual))
 
 
-def _joined(residual: Residual, programs: int) -> tuple[Joined, tuple[Tensor | int, ...], dict[str, int]]:
-    """Where it is to go, and the arguments and constants that `_join` needs."""
+def joined(residual: Residual, programs: int) -> tuple[Joined, tuple[Tensor | int, ...], dict[str, int]]:
+    """Where it is to go, and the arguments and constants that `join` needs."""
     streams, post, across, fn = residual
     (t, s, d), m = streams.shape, fn.shape[0]
     new, sums = alloc.empty((t, s, d), float32, streams.device), alloc.empty((t, m + 1, programs), float32, streams.device)
@@ -108,14 +110,16 @@ def halved(kind: tuple[str, int, int, int, int], tokens: int) -> tuple[str, int,
     return name, fields, lanes, max(1, rows // 2) if tokens > 4 else rows, subs
 
 
-def _hidden_of(x: Tensor, logits: Tensor, ids: Tensor, router: Router, bank: Bank, limit: float) -> tuple[Tensor, Tensor]:
-    """The chosen experts' hidden values [t * k, width], with their shares; and which experts they are, int64 [t, k]."""
+def _hidden_of(x: Tensor, logits: Tensor, ids: Tensor, router: Router, bank: Bank, limit: float,
+               told: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The chosen experts' hidden values [t * k, width], with their shares; and which experts they are, int64 [t, k], which is
+    `told` if that is given."""
     tokens, gate, hashed = len(x), bank.gate, router.table is not None
     by = router.bias if router.table is None else router.table
     assert by is not None, "a layer is routed by a table or by a bias"
     slots = by.shape[1] if hashed else router.k
     hidden = alloc.empty((tokens * slots, gate.rows), float32, x.device)
-    chosen = alloc.empty((tokens, slots), int64, x.device)
+    chosen = alloc.empty((tokens, slots), int64, x.device) if told is None else told
     sizes = tuned("residual.hide", x.device, gate.format)
     rows, subs = few_tile(gate.layout, 1, gate.subs, gate.rows, sizes)
     _choose_and_hide[(triton.cdiv(gate.rows, rows), tokens * slots)](
@@ -132,18 +136,18 @@ def _back(hidden: Tensor, chosen: Tensor, common: Tensor, known: Known, residual
     rows, subs = few_tile(down.layout, 1, down.subs, down.rows, sizes)
     kind = (last.format, *last.layout, few_tile(last.layout, 1, last.subs, last.rows, sizes)[1])
     programs = triton.cdiv(down.rows, rows)
-    joined, given, constants = _joined(residual, programs)
+    made, given, constants = joined(residual, programs)
     _down[(programs, tokens)](
         hidden, chosen, bank.offsets, down.data, down.apart, common,
         (last.data, last.apart, last.subs, last.cols, last.row_bytes, last.apart_cols), given, slots, bank.experts, down.rows,
         down.subs, down.cols, down.row_bytes, down.apart_cols, FORMAT=down.format, FIELDS=down.layout.fields,
         LANES=down.layout.lanes, UNIT=bank.unit, ROWS=rows, SUBS=subs, KIND=kind, **constants, **options(sizes))
-    return joined
+    return made
 
 
 @triton.jit
-def _join(out: Block, own: Block, token: Block, given: Together, program: int, programs: int, tokens: int, d: int,
-          TOKENS: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr, M: tl.constexpr) -> None:
+def join(out: Block, own: Block, token: Block, given: Together, program: int, programs: int, tokens: int, d: int,
+         TOKENS: tl.constexpr, ROWS: tl.constexpr, S: tl.constexpr, M: tl.constexpr) -> None:
     """Adds a sublayer's output [TOKENS, ROWS], its columns `own`, to the streams there, and sums for the next mixer."""
     streams, post, across, fn, new, sums, m = given
     token = token.to(tl.int64)
@@ -174,7 +178,7 @@ def _project(x: Pointer, data: Pointer, apart: Pointer, given: Together, tokens:
     own, token = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, TOKENS)
     out = few_sums(x, data, apart, x, 0.0, own, token, 0, 1, tokens, rows, subs, cols, row_bytes, apart_cols, FORMAT, FIELDS,
                    LANES, TOKENS, ROWS, SUBS, False)
-    _join(out, own, token, given, tl.program_id(0), tl.num_programs(0), tokens, rows, TOKENS, ROWS, S, M)
+    join(out, own, token, given, tl.program_id(0), tl.num_programs(0), tokens, rows, TOKENS, ROWS, S, M)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -265,11 +269,11 @@ def _down(hidden: Pointer, chosen: Pointer, offsets: Pointer, down: Pointer, dow
     token, one = tl.program_id(1), tl.arange(0, 1)
     own = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     out = down_rows(hidden, chosen, offsets, down, down_apart, own, token, slots, experts, rows, subs, cols, row_bytes,
-                    apart_cols, FORMAT, FIELDS, LANES, UNIT, ROWS, SUBS)[None, :]
+                    apart_cols, FORMAT, FIELDS, LANES, UNIT, ROWS, SUBS, False)[None, :]
     data, apart, own_subs, own_cols, own_bytes, own_apart = last
     out += few_sums(common + token.to(tl.int64) * own_cols, data, apart, common, 0.0, own, one, 0, 1, 1, rows, own_subs, own_cols,
                     own_bytes, own_apart, KIND[0], KIND[1], KIND[2], 1, ROWS, KIND[3], False)
-    _join(out, own, token + one, given, tl.program_id(0), tl.num_programs(0), tl.num_programs(1), rows, 1, ROWS, S, M)
+    join(out, own, token + one, given, tl.program_id(0), tl.num_programs(0), tl.num_programs(1), rows, 1, ROWS, S, M)
 
 
 def _cases() -> tuple[Case, ...]:

@@ -20,7 +20,9 @@ def project_into_streams(x: Tensor, weight: Weight, residual: Residual) -> Joine
 
 
 def experts_into_streams(x: Tensor, ids: Tensor, router: Router, shared: Expert, experts: Sequence[Expert], limit: float,
-                         residual: Residual) -> Joined:
+                         residual: Residual, told: Tensor | None = None) -> Joined:
     shares, chosen = routed(ref, x, router, ids)
+    if told is not None:
+        told.copy_(chosen)
     out = routed_experts(x, shares, chosen, experts, limit, shared_expert(x, shared, limit))
     return Joined(spread_streams(out, *residual[:3]))

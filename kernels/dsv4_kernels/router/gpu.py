@@ -58,35 +58,51 @@ def score(logits: Block) -> Block:
 @triton.jit
 def _choose(logits: Pointer, bias: Pointer, weights: Pointer, experts: Pointer, n: int, k: int, scale: float, N: tl.constexpr,
             K: tl.constexpr) -> None:
-    token = tl.program_id(0).to(tl.int64)
+    token, slot = tl.program_id(0).to(tl.int64), tl.arange(0, K)
+    chosen, share = best(logits + token * n, bias, n, k, scale, N, K)
+    tl.store(weights + token * k + slot, share, slot < k)
+    tl.store(experts + token * k + slot, chosen, slot < k)
+
+
+@triton.jit
+def best(logits: Pointer, bias: Pointer, n: int, k: int, scale: float, N: tl.constexpr, K: tl.constexpr) -> tuple[Block, Block]:
+    """A token's experts int64 [K], greatest first, and their weights."""
     expert, slot = tl.arange(0, N), tl.arange(0, K)
-    scores = score(tl.load(logits + token * n + expert, expert < n, 0.0))
+    scores = score(tl.load(logits + expert, expert < n, 0.0))
     # One number to compare: the greater score, and of equal scores the lower expert.
     order = in_order(scores + tl.load(bias + expert, expert < n, 0.0)).to(tl.int64)
     order = tl.where(expert < n, order * N + (N - 1 - expert), -(1 << 62))
     chosen, picked = tl.zeros((K,), tl.int64), tl.zeros((K,), tl.float32)
     for i in range(k):
-        best = tl.max(order, 0)
-        where = order == best
+        greatest = tl.max(order, 0)
+        where = order == greatest
         chosen = tl.where(slot == i, tl.max(tl.where(where, expert, 0), 0).to(tl.int64), chosen)
         picked = tl.where(slot == i, tl.sum(tl.where(where, scores, 0.0), 0), picked)
         order = tl.where(where, -(1 << 62), order)
-    tl.store(weights + token * k + slot, picked / tl.sum(picked, 0) * scale, slot < k)
-    tl.store(experts + token * k + slot, chosen, slot < k)
+    return chosen, picked / tl.sum(picked, 0) * scale
 
 
 @triton.jit
 def _look_up(logits: Pointer, table: Pointer, ids: Pointer, weights: Pointer, experts: Pointer, n: int, vocabulary: int, k: int,
              scale: float, K: tl.constexpr) -> None:
     token, slot = tl.program_id(0).to(tl.int64), tl.arange(0, K)
-    number = tl.load(ids + token) + tl.zeros((K,), tl.int64)
+    chosen, share = listed(logits + token * n, table, ids + token, n, vocabulary, k, scale, K)
+    tl.store(weights + token * k + slot, share, slot < k)
+    tl.store(experts + token * k + slot, chosen, slot < k)
+
+
+@triton.jit
+def listed(logits: Pointer, table: Pointer, ids: Pointer, n: int, vocabulary: int, k: int, scale: float,
+           K: tl.constexpr) -> tuple[Block, Block]:
+    """The experts int64 [K] of the token whose id `ids` points at, in the table's order, and their weights."""
+    slot = tl.arange(0, K)
+    number = tl.load(ids) + tl.zeros((K,), tl.int64)
     known = (number >= 0) & (number < vocabulary)
     expert = tl.load(table + number * k + slot, (slot < k) & known, -1)
     known = (expert >= 0) & (expert < n)
-    scores = tl.where(known, score(tl.load(logits + token * n + expert, known, 0.0)), float("nan"))
+    scores = tl.where(known, score(tl.load(logits + expert, known, 0.0)), float("nan"))
     scores = tl.where(slot < k, scores, 0.0)
-    tl.store(weights + token * k + slot, scores / tl.sum(scores, 0) * scale, slot < k)
-    tl.store(experts + token * k + slot, tl.where(known, expert, 0), slot < k)
+    return tl.where(known, expert, 0), scores / tl.sum(scores, 0) * scale
 
 
 AHEAD = (
