@@ -18,6 +18,7 @@ from dsv4_kernels.attention import Entries
 from dsv4_kernels.cache import Rounding
 from dsv4_kernels.cache.packed import index_bytes, kv_bytes, pack_index, pack_kv, unpack_index, unpack_kv
 from dsv4_kernels.compressor import Pending
+from dsv4_kernels.held import Held, Told
 from dsv4_kernels.hyper import HyperSettings, Mixer
 from dsv4_kernels.linear import Norm
 from dsv4_kernels.moe import Expert, Experts
@@ -329,6 +330,31 @@ def _routers(s: Sizes, tokens: int, random: Generator, _: str) -> Iterator[Call]
                    seen=lambda found, _: found[0].sort().values)  # experts come in any order
 
 
+def _held(s: Sizes, tokens: int, random: Generator, name: str) -> Iterator[Call]:
+    """A layer of which the card holds every other expert; what is told and joined lies in the host's memory."""
+    if tokens > 8:
+        return
+    experts, device = _bank(s, random, name), random.device
+    d, width = experts[0].w1.shape[1], experts[0].w1.shape[0]
+    held, shared = Held(s.experts, experts[0], device), Expert(*(packed(DENSE, *part.shape, random) for part in experts[0]))
+    held.hold({number: experts[number] for number in range(0, s.experts, 2)})
+    router = Router(packed("bf16", s.experts, d, random), 0.1 * _normal(random, s.experts), None, s.slots, SCALE)
+    weights, chosen = _normal(random, tokens, s.experts).softmax(-1).topk(s.slots)
+    (residual, moved), x, out = _residual(random, tokens, d), _normal(random, tokens, d), _normal(random, tokens, d)
+    told, part = Told(*map(_of_host, (x, weights, chosen))), _of_host(out)
+    ids, here = torch.zeros(tokens, dtype=torch.int64, device=device), chosen[chosen % 2 == 0]
+    yield Call("held", "route_and_tell", (x, router, ids, told), router.gate.nbytes + 2 * x.nbytes,
+               2 * tokens * s.experts * d, tokens, name, seen=lambda found, _: found[0].sort().values)
+    yield Call("held", "held_experts", (x, weights, chosen, shared, held, LIMIT), _bytes_of(experts, here)
+               + sum(part.nbytes for part in shared) + 2 * x.nbytes, 6 * (tokens + len(here)) * width * d, tokens, name)
+    yield Call("held", "join_part", (out, part, residual), moved + 2 * out.nbytes, 0, tokens, name)
+
+
+def _of_host(x: Tensor) -> Tensor:
+    """A copy that a card reads and writes where it is."""
+    return x.cpu().pin_memory() if x.is_cuda else x.clone()
+
+
 def _sampling(s: Sizes, tokens: int, random: Generator, _: str) -> Iterator[Call]:
     """Always one token; the id must be the reference's own."""
     if tokens == 1:
@@ -342,5 +368,5 @@ MAKERS: Mapping[str, tuple[tuple[Maker, tuple[str, ...]], ...]] = {  # by operat
     "residual": ((_project, ("",)), (_sublayer, EXPERTS)), "attention": ((_attention, ("",)),), "indexer": ((_indexer, ("",)),),
     "hyper": ((_hyper, ("",)),), "norm_rope": ((_norms, ("",)),), "rounding": ((_rounding, ("",)),),
     "cache": ((_caches, ("",)),), "compressor": ((_compressor, ("",)),), "prologue": ((_prologue, ("",)),),
-    "router": ((_routers, ("",)),), "sampling": ((_sampling, ("",)),),
+    "router": ((_routers, ("",)),), "held": ((_held, EXPERTS),), "sampling": ((_sampling, ("",)),),
 }  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -94,8 +95,8 @@ def explain(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):  # the reader left (`| head`): nothing to say, now or when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; it is not imported here
-        console.report(f"There is not enough memory: {error}.", "Choose a smaller --ctx or a smaller model.")
+    if (short := _shortage(error)) is not None:
+        console.report(f"There is not enough memory{short}.", "Choose a smaller --ctx or a smaller model.")
         return 3
     if isinstance(error, OSError):
         console.report(f"{error}.", "Check the path, its permissions and the room on its disk.")
@@ -103,6 +104,15 @@ def explain(error: BaseException) -> int:
     console.report(f"Something unexpected happened: {type(error).__name__}: {error}",
                    "Run it again with --debug and report what it prints.")
     return 1
+
+
+def _shortage(error: BaseException) -> str | None:
+    """What follows "not enough memory", None for other errors. torch's are told by name and text: it is not imported here."""
+    text = str(error)
+    wanted = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: " in text:
+        return f": {wanted[1]} more were wanted" if wanted else ""
+    return None
 
 
 def _misused(error: typer.TyperException) -> tuple[str, str]:

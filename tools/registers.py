@@ -99,7 +99,7 @@ def _compiled(work: tuple[str, str]) -> Found:
     from triton.compiler import ASTSource
 
     name, target = work
-    case = known_cases()[name]
+    case = known_cases()[name].on(target)
     source = ASTSource(case.kernel, case.signature(), dict(case.constants), case.multiples())
     options = {"num_warps": case.warps, "num_stages": case.stages}
     try:

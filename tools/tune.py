@@ -46,7 +46,7 @@ _FEW: dict[str, tuple[int, ...]] = {"rows": (1, 2, 4, 8), "lanes": (256, 512), "
 _MANY: dict[str, tuple[int, ...]] = {"tokens": (64, 128), "rows": (64, 128), "columns": (64, 128), "warps": (4, 8),
                                      "stages": (0, 2)}
 CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
-    "attention.attend": {"keys": (16, 32, 64), "programs": (128, 256, 512), "warps": (4, 8), "stages": (1, 2)},
+    "attention.attend": {"keys": (16, 32, 64), "programs": (128, 256, 512), "warps": (4, 8, 16), "stages": (1, 2)},
     "indexer.choose": {"scan": (1024, 2048, 4096, 8192), "warps": (4, 8, 16), "stages": (0,)},
     "indexer.score": {"keys": (16, 32, 64, 128), "tokens": (8,), "warps": (4, 8), "stages": (0,)},
     "linear.few": _FEW, "linear.many": _MANY, "linear.several": _FEW, "moe.down_few": _FEW, "moe.down_many": _MANY,

@@ -17,7 +17,7 @@ from dsv4cli.settings import Settings
 if TYPE_CHECKING:
     from dsv4cli.engine.bench import Row
 
-HEADINGS = ("depth", "prompt tok/s", "decode tok/s", "read per token", "bandwidth", "bound tok/s", "reached")
+HEADINGS = ("depth", "prompt", "decode", "reads", "bandwidth", "bound", "reached")  # so that a row has 80 columns at most
 
 
 @with_settings("device", "vram", "threads", "numerics", "quiet")
@@ -34,7 +34,7 @@ def bench(
     """Measure how fast a model reads a prompt and decodes.
 
     Prompt and decoding are each measured after DEPTH tokens of context. The bound is the bandwidth of this machine's
-    memory, measured in the same run, over the bytes that a token has to read.
+    memory, measured in the same run, over the bytes that a token reads.
     """
     catalog.resolve(model).located()
     depths = depths_of(depth)
@@ -68,4 +68,4 @@ def _in_words(row: Row) -> list[str]:
 
 
 def _rate(value: float | None) -> str:
-    return f"{value:.1f}" if value else "-"
+    return f"{value:.1f} tok/s" if value else "-"

@@ -8,6 +8,7 @@ return, by cancellation or by an error, `ids`, state and logits agree.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from dsv4cli.errors import CapacityError, Interrupted, UsageError
 from dsv4cli.model.state import Snapshot
 
 MOST_MARKS = 12
+LEAST_CHUNK = 32  # tokens of a prompt that are computed together however little memory there is
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens to do)
 Cancel = Callable[[], bool]
@@ -36,6 +38,7 @@ class Session:
         self._state = engine.model.new_state(engine.ctx)
         self._logits: Tensor | None = None
         self._shelf = Shelf(MOST_MARKS, engine.plan.shelf)
+        self._chunk = PREFILL_CHUNK  # smaller once memory was short
 
     @property
     def position(self) -> int:
@@ -73,7 +76,7 @@ class Session:
         if self.position < len(ids):
             self.mark()  # what comes may be taken back
         places = {len(ids), *marks}
-        for chunk in _chunks(ids, self.position, places):
+        for chunk in self._chunks(ids, places):
             if cancel is not None and cancel():
                 raise Interrupted(f"Stopped after {self.position} of {len(ids)} prompt tokens.")
             self._advance(chunk)
@@ -97,9 +100,10 @@ class Session:
         return self._logits
 
     def mark(self) -> None:
-        """Puts a snapshot of this place on the shelf."""
+        """Puts a snapshot of this place on the shelf; where there is no memory for one, the session does without."""
         if self.position and not self._shelf.holds(self.position):
-            self._shelf.put(Mark(self.position, self._state.snapshot(), self.logits))
+            with suppress(torch.OutOfMemoryError):
+                self._shelf.put(Mark(self.position, self._state.snapshot(), self.logits))
 
     def clear(self) -> None:
         """Back to an empty timeline."""
@@ -126,22 +130,45 @@ class Session:
         self.mark()
 
     def _advance(self, chunk: Sequence[int]) -> None:
-        hot = self.engine.hot
+        wanted = [*self.ids, *chunk]
+        short = self._forward(chunk)
+        if short is None:
+            return
+        self._return_to(self._shelf.newest())
+        if not self._shrink(len(chunk)):
+            raise CapacityError(f"The device has no memory left: {short}.",
+                                "Choose a smaller --ctx, or close other programs that use it.")
+        for part in self._chunks(wanted, {len(wanted)}):
+            self._advance(part)
+
+    def _forward(self, chunk: Sequence[int]) -> str | None:
+        """Computes the chunk; what a device says that has no memory for it. Whoever tries again does so when this has returned,
+        for until then the failure holds what the unfinished layers had made."""
         try:
             self._logits = self.engine.model.forward(torch.tensor(chunk), self._state)[-1]
             self.ids.extend(chunk)
-            if hot is not None:
-                hot.observe()
-        except BaseException as failure:  # it may come between two layers, when the state is neither old nor new
-            wanted = [*self.ids, *chunk]
+            if self.engine.hot is not None:
+                self.engine.hot.observe()
+        except torch.OutOfMemoryError as failure:
+            return str(failure).partition(". ")[0]
+        except BaseException:  # it may come between two layers, when the state is neither old nor new
             self._return_to(self._shelf.newest())
-            if not isinstance(failure, torch.OutOfMemoryError):
-                raise
-            if hot is None or not hot.shrink():
-                raise CapacityError(f"The device has no memory left: {str(failure).partition('. ')[0]}.",
-                                    "Choose a smaller --ctx, or close other programs that use it.") from failure
-            for part in _chunks(wanted, self.position, {len(wanted)}):
-                self._advance(part)
+            raise
+        return None
+
+    def _shrink(self, failed: int) -> bool:
+        """After `failed` tokens for which there was no memory: computes fewer at once, which makes prompts slower, or else gives
+        slots of experts back, which makes everything slower. False where neither is left."""
+        if failed > LEAST_CHUNK:
+            self._chunk = max(LEAST_CHUNK, failed // 2)
+            return True
+        return self.engine.hot is not None and self.engine.hot.shrink()
+
+    def _chunks(self, ids: Sequence[int], places: set[int]) -> Iterator[Sequence[int]]:
+        """Cuts what the timeline lacks of `ids` into pieces that end at each of `places`, the end among them; each must be
+        computed before the next is asked for."""
+        while (start := self.position) < len(ids):
+            yield ids[start:min(start + self._chunk, *(place for place in places if place > start))]
 
     def _go_back(self, ids: Sequence[int]) -> None:
         """Leaves of the timeline what `ids` begins with: all of it, or as much as the nearest snapshot holds."""
@@ -161,11 +188,3 @@ class Session:
 
 def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _chunks(ids: Sequence[int], start: int, places: set[int]) -> Iterator[Sequence[int]]:
-    """Cuts ids[start:] into pieces of at most PREFILL_CHUNK that end at each of `places`, the end among them."""
-    while start < len(ids):
-        end = min(start + PREFILL_CHUNK, *(place for place in places if place > start))
-        yield ids[start:end]
-        start = end

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple, TypeAlias
 
 from dsv4_kernels.backends import OPERATIONS
+from dsv4_kernels.tuned import AMD, sized
 
 Kind: TypeAlias = "str | tuple[Kind, ...]"
 
@@ -26,12 +27,22 @@ class Case(NamedTuple):
     constants: Mapping[str, Any] = {}
     warps: int = 4
     stages: int = 2
+    sizes: str = ""  # a kernel of the table of tiles (tuned.py), whose warps and stages a target then has instead of these
+    on_amd: Mapping[str, Any] = {}  # constants that are others there
 
     @property
     def name(self) -> str:
         """What tells the cases of one kernel apart: its name and constants."""
         constants = ",".join(f"{name}={value}" for name, value in self.constants.items())
         return f"{self.kernel.__name__}[{constants}]"
+
+    def on(self, target: str) -> Case:
+        """The case as it is launched on a target, "sm_90" or "gfx942"."""
+        constants = {**self.constants, **(self.on_amd if target.startswith(AMD) else {})}
+        if not self.sizes:
+            return self._replace(constants=constants)
+        found = sized(self.sizes, target)
+        return self._replace(constants=constants, warps=found["warps"], stages=found["stages"] or self.stages)
 
     def signature(self) -> dict[str, Any]:
         """Argument -> type, as ASTSource takes it. Raises ValueError when the numbers of arguments and types differ."""

@@ -26,7 +26,7 @@ else:
     import tomli as tomllib
 
 TABLE = Path(__file__).with_name("tuned.toml")
-DEFAULT, INTERPRETER = "default", "interpreter"
+DEFAULT, INTERPRETER, AMD = "default", "interpreter", "gfx"
 Sizes: TypeAlias = Mapping[str, int]
 Rows: TypeAlias = dict[str, dict[str, dict[str, int]]]  # architecture -> kernel, or "kernel:format" -> sizes
 
@@ -49,10 +49,13 @@ def default(kernel: str) -> Sizes:
 def tuned(kernel: str, device: torch.device, name: str = "") -> Sizes:
     """The sizes of a kernel on this device, for matrices of format `name`: those measured for it, or for any format, or the
     default ones. Raises KeyError for a kernel that has none."""
-    if kernel in _forced:
-        return _forced[kernel]
-    own = _rows().get(architecture(device), {})
-    return next((own[key] for key in (f"{kernel}:{name}", kernel) if key in own), default(kernel))
+    return _forced[kernel] if kernel in _forced else sized(kernel, architecture(device), name)
+
+
+def sized(kernel: str, architecture: str, name: str = "") -> Sizes:
+    """The same of an architecture; AMD's have rows in common behind their own."""
+    known = [_rows().get(architecture, {}), _rows().get(AMD, {}) if architecture.startswith(AMD) else {}]
+    return next((rows[key] for rows in known for key in (f"{kernel}:{name}", kernel) if key in rows), default(kernel))
 
 
 def architecture(device: torch.device) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
+from dsv4cli import console
+from dsv4cli.commands import bench
+from dsv4cli.engine.bench import Row
 from tests.support.program import Outcome
 
 Run = Callable[..., Outcome]
@@ -29,8 +32,17 @@ def test_rows_for_programs(run_dsv4: Run) -> None:
 def test_a_table_for_people(run_dsv4: Run) -> None:
     done = run_dsv4("bench", "tiny", "--prompt", "0", "--gen", "2", "--repeat", "1")
     heading, row = done.out.splitlines()
-    assert heading.split()[:3] == ["depth", "prompt", "tok/s"]
+    assert heading.split()[:3] == ["depth", "prompt", "decode"]
     assert row.split()[:2] == ["0", "-"]
+    assert row.split()[3] == "tok/s"
+
+
+def test_a_row_of_a_large_machine_fits_into_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    row = Row(512, 64, 16_384, 345.6, 23.4, 12_345_678_901, 350.1, 28.4)
+    console.table(bench.HEADINGS, [bench._in_words(row)], right=range(7))
+    heading, shown = capsys.readouterr().out.splitlines()
+    assert max(len(heading), len(shown)) <= 80
+    assert "345.6 tok/s" in shown
 
 
 @pytest.mark.parametrize(("options", "word"), [

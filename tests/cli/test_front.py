@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+import torch
 import typer
 
 from dsv4_quant.errors import CorruptFile, UnsupportedModel
@@ -187,6 +188,19 @@ def test_every_kind_of_error_has_its_exit_code(run_dsv4: Run, monkeypatch: pytes
     assert shown.out == ""
     assert shown.err.startswith("error: ") if code != 130 else shown.err == ""
     assert "Traceback" not in shown.err
+
+
+@pytest.mark.parametrize(("error", "sentence"), [
+    (MemoryError(), "There is not enough memory."),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 24 GiB of which"),
+     "There is not enough memory: 20.00 MiB more were wanted."),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+                  "allocate 4096 bytes. Error code 12 (Cannot allocate memory)"),
+     "There is not enough memory: 4096 bytes more were wanted."),
+])
+def test_whoever_runs_out_of_memory_is_told_so(capsys: pytest.CaptureFixture[str], error: BaseException, sentence: str) -> None:
+    assert cli.explain(error) == 3
+    assert capsys.readouterr().err.splitlines()[0] == f"error: {sentence}"
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "run", "hello"], ["run", "--debug", "hello"], ["run", "hello", "--debug"]])

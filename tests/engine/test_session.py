@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+from weakref import ReferenceType, ref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +13,12 @@ from torch import Tensor
 
 from dsv4cli.engine import session as session_module
 from dsv4cli.engine.session import Session
-from dsv4cli.errors import Interrupted, UsageError
+from dsv4cli.errors import CapacityError, Interrupted, UsageError
 from dsv4cli.model.recording import Recording
-from tests.engine.mock_model import VOCABULARY, Recurrent, engine_of
+from dsv4cli.model.state import Snapshot
+from tests.engine.mock_model import VOCABULARY, MockState, Recurrent, engine_of
+
+PROMPT = [token % 7 for token in range(50)]
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +187,66 @@ def test_a_full_context_refuses_the_next_step() -> None:
         session.step(4)
     assert "--ctx" in caught.value.hint
     assert "/clear" in caught.value.hint
+
+
+class Small(Recurrent):
+    """Has memory for so many tokens at once, and, like a real model, something in it while it computes."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.refused, self.before = room, 0, list[ReferenceType[Tensor]]()
+
+    def forward(self, ids: Tensor, state: Any, **options: Any) -> Tensor:
+        assert all(each() is None for each in self.before), "what failed still lies in memory"
+        unfinished = torch.zeros(100)
+        self.before.append(ref(unfinished))
+        if len(ids) > self.room:
+            state.vector += 1  # between two layers
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB. GPU 0 has ...")
+        return super().forward(ids, state, **options)
+
+
+@pytest.fixture
+def long_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "PREFILL_CHUNK", 40)
+    monkeypatch.setattr(session_module, "LEAST_CHUNK", 3)
+
+
+@pytest.mark.usefixtures("long_chunks")
+def test_where_memory_is_short_fewer_tokens_are_computed_at_once() -> None:
+    """As many as there was room for once, also in prompts to come."""
+    model = Small(10)
+    session = engine_of(model).session()
+    session.sync(PROMPT[:7])
+    progress: list[tuple[int, int]] = []
+    assert torch.equal(session.sync(PROMPT, marks=[20], progress=lambda *at: progress.append(at)), fresh(PROMPT))
+    assert (session.ids, progress[-1]) == (PROMPT, (43, 43))
+    assert model.refused == 1  # 13 tokens up to the mark became 6 and 6 and 1
+    assert max(model.computed) <= 10
+    session.sync(PROMPT[:3] + PROMPT)
+    assert model.refused == 1
+
+
+@pytest.mark.usefixtures("long_chunks")
+def test_where_there_is_no_memory_at_all_it_is_a_sentence_and_the_session_stays() -> None:
+    model = Small(10)
+    session = engine_of(model).session()
+    session.sync(PROMPT[:7])
+    model.room = 0
+    for _ in range(2):
+        with pytest.raises(CapacityError, match=r"no memory left: CUDA out of memory\."):
+            session.sync(PROMPT)
+    assert session.ids == PROMPT[:7]
+    model.room = 50
+    assert torch.equal(session.sync(PROMPT), fresh(PROMPT))
+
+
+def test_a_snapshot_for_which_there_is_no_memory_is_done_without(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(state: MockState) -> Snapshot:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MockState, "snapshot", full)
+        assert torch.equal(session.sync(PROMPT, marks=[8]), fresh(PROMPT))
+    assert torch.equal(session.sync(PROMPT[:9]), fresh(PROMPT[:9]))  # from the beginning

@@ -62,6 +62,26 @@ def test_every_kernel_has_a_case_and_every_row_a_kernel(triton_folder: Path) -> 
     assert {row.kernel for row in read()} == set(told["cases"]), f"write {TABLE.name} anew: python -m tools.registers --write"
 
 
+AS_LAUNCHED = """
+from dsv4_kernels.ahead import cases
+from dsv4_kernels.tuned import sized
+for name, case in cases().items():
+    for target in ("sm_90", "gfx1100"):
+        found = case.on(target)
+        if case.sizes:
+            assert found.warps == sized(case.sizes, target)["warps"], name
+        for constant, value in case.on_amd.items():
+            assert found.constants[constant] == (value if target == "gfx1100" else case.constants[constant]), name
+print(sum(bool(case.on_amd) for case in cases().values()))
+"""
+
+
+def test_cases_are_compiled_as_a_target_launches_them(triton_folder: Path) -> None:
+    done = python(triton_folder, "-c", AS_LAUNCHED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 0
+
+
 def test_what_became_worse_is_told() -> None:
     before = [Found("a", "sm_90", 100, 0, 1024)]
     assert worse([Found("a", "sm_90", 110, 0, 2048)], before) == []

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from dsv4_kernels.attention import Entries, ref
 from dsv4_kernels.cache.packed import pack_kv
-from dsv4_kernels.norm_rope import frequencies, norm_rotate, turns
+from dsv4_kernels.norm_rope import frequencies, turns
+from dsv4_kernels.norm_rope.ref import norm_rotate
 from dsv4_kernels.rounding import round_kv
 from tests.kernels.interpreter import QUIET, of
 from tests.support.tolerance import assert_close
@@ -48,6 +49,14 @@ def test_window(t: int, heads: int, dtype: torch.dtype, random: torch.Generator)
     for before in (0, 5, WINDOW - 1):
         q, recent, sink = drawn(t, heads, 32, before, random, dtype)
         check(q, recent, None, sink)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_of_queries_on_other_cards(dtype: torch.dtype, random: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMD's multiply slices of float32 keys too; here two of them, the second ragged."""
+    monkeypatch.setattr(gpu, "AMD", True)
+    q, recent, sink = drawn(3, 5, 100, 3, random, dtype)
+    check(q, recent, some_entries(3, 11, 100, None, random, dtype), sink)
 
 
 @pytest.mark.parametrize("d", [1, 7, 8, 20, 24, 128])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dsv4_kernels.cache import Rounding, keep, keep_keys
-from dsv4_kernels.norm_rope import frequencies, norm_rotate, turns
+from dsv4_kernels.norm_rope import frequencies, turns
+from dsv4_kernels.norm_rope.cpu import norm_rotate
 from dsv4_kernels.rounding import round_index, round_kv
 from tests.kernels.native import kernels  # noqa: F401
 

@@ -61,17 +61,6 @@ def test_rotation_equals_the_reference(t: int, heads: tuple[int, ...], d: int, p
         assert_close(turned, ref.rotate(x.double(), table.to(torch.complex128), inverse))
 
 
-@pytest.mark.parametrize("t", [1, 61])
-@pytest.mark.parametrize("heads", [(), (3,), (2, 5)])
-@pytest.mark.parametrize(("d", "pairs"), [(2, 1), (3, 1), (512, 32), (37, 7)])
-def test_both_at_once_equal_one_after_the_other(t: int, heads: tuple[int, ...], d: int, pairs: int,
-                                                random: torch.Generator) -> None:
-    x, weight, table = torch.randn(t, *heads, d, generator=random) * 5, torch.randn(d, generator=random), table_of(t, pairs)
-    wide = table.to(torch.complex128)
-    assert_close(gpu.norm_rotate(x, weight, 1e-6, table), ref.norm_rotate(x.double(), weight.double(), 1e-6, wide))
-    assert_close(gpu.norm_rotate(x, None, 1e-2, table), ref.norm_rotate(x.double(), None, 1e-2, wide))
-
-
 def test_tensors_in_any_memory_order(random: torch.Generator) -> None:
     x, weight, table = torch.randn(6, 5, 40, generator=random), torch.randn(80, generator=random), table_of(10, 8)
     for view in (x[::2], x.transpose(0, 1), x[:, :, 3:20].transpose(0, 1)):
@@ -80,8 +69,6 @@ def test_tensors_in_any_memory_order(random: torch.Generator) -> None:
         turn = table[::2][:len(view)] if len(view) < 5 else table.T.contiguous().T[:len(view)]
         assert torch.equal(gpu.rms_norm(view, part, 1e-6), gpu.rms_norm(same, part.contiguous(), 1e-6))
         assert torch.equal(gpu.rotate(view, turn, False), gpu.rotate(same, turn.contiguous(), False))
-        found = gpu.norm_rotate(view, part, 1e-6, turn)
-        assert torch.equal(found, gpu.norm_rotate(same, part.contiguous(), 1e-6, turn.contiguous()))
 
 
 def test_what_is_given_stays_as_it_is(random: torch.Generator) -> None:
@@ -89,22 +76,20 @@ def test_what_is_given_stays_as_it_is(random: torch.Generator) -> None:
     before = x.clone()
     gpu.rms_norm(x, None, 1e-6)
     gpu.rotate(x, table_of(3, 16), False)
-    gpu.norm_rotate(x, None, 1e-6, table_of(3, 16))
     assert torch.equal(x, before)
 
 
 def test_no_number_stays_no_number(random: torch.Generator) -> None:
     x = torch.randn(3, 40, generator=random)
     x[1, 37] = float("nan")
-    for normed in (gpu.rms_norm(x, None, 1e-6), gpu.norm_rotate(x, None, 1e-6, table_of(3, 8))):
-        assert normed[1].isnan().all()
-        assert normed[[0, 2]].isfinite().all()
+    normed = gpu.rms_norm(x, None, 1e-6)
+    assert normed[1].isnan().all()
+    assert normed[[0, 2]].isfinite().all()
 
 
 def test_no_rows() -> None:
     assert gpu.rms_norm(torch.zeros(0, 3, 8), torch.ones(8), 1e-6).shape == (0, 3, 8)
     assert gpu.rotate(torch.zeros(0, 3, 8), table_of(0, 4), False).shape == (0, 3, 8)
-    assert gpu.norm_rotate(torch.zeros(0, 3, 8), None, 1e-6, table_of(0, 4)).shape == (0, 3, 8)
 
 
 def test_other_types_are_computed_by_the_reference(random: torch.Generator) -> None:
@@ -112,5 +97,4 @@ def test_other_types_are_computed_by_the_reference(random: torch.Generator) -> N
     assert torch.equal(gpu.rms_norm(x.double(), weight.double(), 1e-6), ref.rms_norm(x.double(), weight.double(), 1e-6))
     wide = table.to(torch.complex128)
     assert torch.equal(gpu.rotate(x.double(), wide, False), ref.rotate(x.double(), wide, False))
-    assert torch.equal(gpu.norm_rotate(x.double(), None, 1e-6, wide), ref.norm_rotate(x.double(), None, 1e-6, wide))
     assert_close(gpu.rotate(x, table.conj(), False), gpu.rotate(x, table, True))

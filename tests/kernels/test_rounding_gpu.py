@@ -59,20 +59,6 @@ def test_every_exponent_and_its_ties(rounded: Rounding, reference: Rounding) -> 
     assert same_bits(rounded(ends, 8), reference(ends, 8))
 
 
-@pytest.mark.parametrize("rotated", [0, 1, 7, 64])
-@pytest.mark.parametrize("rows", [1, 41])
-def test_kept_vectors_have_the_reference_s_bits(rotated: int, rows: int, random: torch.Generator) -> None:
-    x = of_all_sizes(random, rows, 192 + rotated)
-    x[:, 192:] *= 1 + 2.0 ** -9  # some ties of bf16
-    assert same_bits(gpu.round_kv(x, rotated), ref.round_kv(x, rotated))
-
-
-def test_ties_of_the_rotated_part() -> None:
-    tie = torch.full((1, 66), 1 + 2.0 ** -8)
-    tie[0, 65] += 2.0 ** -7
-    assert same_bits(gpu.round_kv(tie, 2), ref.round_kv(tie, 2))
-
-
 @pytest.mark.parametrize("size", [1, 2, 8, 128, 512])
 @pytest.mark.parametrize("rows", [1, 5, 61])
 def test_the_turn_equals_the_reference(size: int, rows: int, random: torch.Generator) -> None:
@@ -107,16 +93,11 @@ def test_no_number_stays_no_number(bad: float, random: torch.Generator) -> None:
     for out in (gpu.round_fp8(x, 64), gpu.round_fp4(x, 32), gpu.round_index(x)):
         assert out[0].isfinite().all()
         assert not out[1, [5, 127]].isfinite().any()
-    kept = gpu.round_kv(x, 64)
-    assert kept[0].isfinite().all()
-    assert kept[1, 5].isnan()
-    assert torch.equal(kept[1, 127:], x[1, 127:]) or kept[1, 127].isnan()
 
 
 def test_views_and_nothing(random: torch.Generator) -> None:
     x = torch.randn(6, 256, generator=random)[::2, 64:192]
-    for rounded in (lambda x: gpu.round_fp8(x, 64), lambda x: gpu.round_fp4(x, 32), gpu.round_index, gpu.hadamard,
-                    lambda x: gpu.round_kv(x, 64)):
+    for rounded in (lambda x: gpu.round_fp8(x, 64), lambda x: gpu.round_fp4(x, 32), gpu.round_index, gpu.hadamard):
         assert same_bits(rounded(x), rounded(x.contiguous()))
         assert rounded(x[:0]).shape == (0, 128)
 
@@ -124,7 +105,6 @@ def test_views_and_nothing(random: torch.Generator) -> None:
 def test_other_types_are_computed_by_the_reference(random: torch.Generator) -> None:
     x = torch.randn(3, 128, generator=random, dtype=torch.float64)
     assert torch.equal(gpu.round_fp8(x, 64), ref.round_fp8(x, 64))
-    assert torch.equal(gpu.round_kv(x, 64), ref.round_kv(x, 64))
     assert torch.equal(gpu.round_index(x), ref.round_index(x))
 
 

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def test_every_row_is_of_a_known_kernel_and_whole() -> None:
     rows = tuned.read()
     for architecture, own in rows.items():
-        assert architecture in (tuned.DEFAULT, tuned.INTERPRETER) or re.fullmatch(r"sm_\d+|gfx[0-9a-f]+", architecture)
+        assert architecture in (tuned.DEFAULT, tuned.INTERPRETER) or re.fullmatch(r"sm_\d+|gfx[0-9a-f]*", architecture)
         for key, sizes in own.items():
             kernel, colon, name = key.partition(":")
             assert sizes.keys() == rows[tuned.DEFAULT][kernel].keys(), f"{key} of {architecture}"
@@ -49,6 +49,11 @@ def test_an_architecture_says_only_what_differs(monkeypatch: pytest.MonkeyPatch)
     assert tuned.tuned("linear.few", torch.device("cuda", 6), "q8_0") == tuned.default("linear.few")
     with pytest.raises(KeyError):
         tuned.tuned("linear.soup", card)
+    table |= {"gfx": {"linear.few": few | {"rows": 1}}, "gfx942": {"linear.few:q8_0": few | {"rows": 2}}}
+    for name, rows in (("q8_0", 2), ("bf16", 1)):
+        assert tuned.sized("linear.few", "gfx942", name)["rows"] == rows
+    assert tuned.sized("linear.few", "gfx1100")["rows"] == 1
+    assert tuned.sized("linear.many", "gfx942") == tuned.default("linear.many")
     tuned.tuned.cache_clear()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor, complex64, float32, int64, uint8
@@ -24,6 +25,7 @@ from dsv4_kernels.tuned import Sizes, default, options, tuned
 HEADS = 16  # of a program: what a tensor core takes
 SLICE_OF_D = tl.constexpr(64)  # of a query and its keys, that a warp multiplies alone
 WIDE_KEYS = 16  # of a tile, where they are float32
+AMD = torch.version.hip is not None
 
 
 class Plan(NamedTuple):
@@ -59,6 +61,7 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
         q, recent, kv, visible, chosen, sink, q if at is None else at, angles, parts, stats, len(recent) - t, heads, d, still, n,
         k, window, d**-0.5, eps or 0.0, CHOOSING=k > 0, SPLIT=plan.splits > 1, LIVE=at is not None, NORMED=eps is not None,
         HEADS=HEADS, KEYS=plan.keys, D=padded(d, 16), FORM=form(recent), DOT=DOT,
+        SLICED=recent.dtype != float32 or AMD,
         **options({**sizes, "warps": min(4, sizes["warps"])} if d <= 128 else sizes))
     if plan.splits > 1:
         _join[(t, heads)](parts, stats, angles, out, plan.splits, heads, d, still, TURNED=turns is not None,
@@ -83,14 +86,15 @@ def _plan(t: int, heads: int, near: int, far: int, wide: bool, sizes: Sizes) -> 
 @triton.jit
 def _absorb(q: Block, keys: Block, seen: Block, most: Block, total: Block, out: Block, WIDE: tl.constexpr,
             DOT: tl.constexpr) -> tuple[Block, Block, Block]:
-    """A tile of keys [n, d] joins the softmax of q [slices, heads, d / slices], or [heads, d] if WIDE: greatest score, sum of
-    powers, their weighted keys.
+    """A tile of keys [n, d] joins the softmax of q [slices, heads, d / slices] or [heads, d]: greatest score, sum of powers,
+    their weighted keys.
 
-    On tensor cores slices are multiplied side by side, each by a warp of its own, and then added: one product of heads by keys
-    is too small to be dealt out, so that every warp would hold all of q and of the keys.
+    Slices are multiplied side by side, each by a warp of its own, and then added: one product of heads by keys is too small to be
+    dealt out, so that every warp would hold all of q and of the keys. (Float32 keys on NVIDIA's cards would take too much shared
+    memory for it.)
     """
     KEYS: tl.constexpr = keys.shape[0]
-    if WIDE:
+    if len(q.shape) == 2:
         scores = multiplied(q, tl.trans(keys), tl.zeros((q.shape[0], KEYS), tl.float32), WIDE, DOT)
     else:
         sliced = tl.permute(tl.reshape(keys, (KEYS, q.shape[0], q.shape[2])), (1, 2, 0))
@@ -106,7 +110,7 @@ def _attend(q: Pointer, recent: Pointer, kv: Pointer, visible: Pointer, chosen: 
             angles: Pointer, parts: Pointer, stats: Pointer, before: int, heads: int, d: int, still: int, n: int, k: int,
             window: int, scale: float, eps: float, CHOOSING: tl.constexpr, SPLIT: tl.constexpr, LIVE: tl.constexpr,
             NORMED: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, FORM: tl.constexpr,
-            DOT: tl.constexpr) -> None:
+            SLICED: tl.constexpr, DOT: tl.constexpr) -> None:
     """parts [t, splits, heads, d] and stats [t, splits, heads, 2]; unless SPLIT, parts is the output itself.
     LIVE: the only token's position is read from `at`, and `recent` is a ring of `window` rows. NORMED: queries
     are as they were projected."""
@@ -137,7 +141,7 @@ def _attend(q: Pointer, recent: Pointer, kv: Pointer, visible: Pointer, chosen: 
     most = tl.maximum(sinks, -1e30)  # never infinite, so that differences are numbers
     total = tl.where(split == 0, tl.exp(sinks - most), 0.0)
     SLICE: tl.constexpr = min(D, SLICE_OF_D)
-    if FORM != 0:
+    if SLICED:
         query = tl.permute(tl.reshape(query, (HEADS, D // SLICE, SLICE)), (1, 0, 2))
     out = tl.zeros((HEADS, D), tl.float32)
     for tile in range(begin, tl.minimum(end, near_tiles)):
@@ -185,9 +189,10 @@ def _join(parts: Pointer, stats: Pointer, angles: Pointer, out: Pointer, splits:
 AHEAD = (
     Case(_attend, "*fp32 *u8 *u8 *i64 *i64 *fp32 *i64 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32:16 i32 i32 i32 fp32 fp32",
          {"CHOOSING": True, "SPLIT": True, "LIVE": True, "NORMED": True, "HEADS": HEADS,
-          "KEYS": default("attention.attend")["keys"], "D": 512, "FORM": 2, "DOT": DOT}, warps=8, stages=1),
+          "KEYS": default("attention.attend")["keys"], "D": 512, "FORM": 2, "SLICED": True, "DOT": DOT},
+         sizes="attention.attend"),
     Case(_attend, "*fp32 *fp32 *fp32 *i64 *i64 *fp32 *i64 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32:16 i32 i32 i32 fp32 fp32",
          {"CHOOSING": False, "SPLIT": False, "LIVE": False, "NORMED": True, "HEADS": HEADS, "KEYS": WIDE_KEYS, "D": 512,
-          "FORM": 0, "DOT": DOT}, warps=8, stages=1),
+          "FORM": 0, "SLICED": False, "DOT": DOT}, sizes="attention.attend", on_amd={"SLICED": True}),
     Case(_join, "*fp32 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32:16", {"TURNED": True, "SPLITS": 32, "D": 512}, warps=8),
 )

@@ -79,17 +79,6 @@ def rotate(x: Tensor, turns: Tensor, *, inverse: bool = False, backend: str | No
     return pick("norm_rope", x.device.type, backend).module.rotate(x, turns, inverse)
 
 
-def norm_rotate(x: Tensor, weight: Tensor | None, eps: float, turns: Tensor, *, backend: str | None = None) -> Tensor:
-    """rotate(rms_norm(x, weight, eps), turns): x [t, ..., d], weight [d] or None, turns complex [t, pairs] -> like x.
-
-    Raises ValueError when d < 2 * pairs.
-    """
-    if weight is not None:
-        demand_shape("norm weight", weight, x.shape[-1])
-    _demand_room(x, turns)
-    return pick("norm_rope", x.device.type, backend).module.norm_rotate(x, weight, eps, turns)
-
-
 def _demand_room(x: Tensor, turns: Tensor) -> None:
     demand_shape("turns", turns, x.shape[0], None)
     if x.shape[-1] < 2 * turns.shape[-1]:

@@ -70,19 +70,6 @@ def rotate(x: Tensor, turns: Tensor, inverse: bool) -> Tensor:
     return out
 
 
-def norm_rotate(x: Tensor, weight: Tensor | None, eps: float, turns: Tensor) -> Tensor:
-    if x.dtype != float32 or turns.dtype != complex64 or not x.numel() or (weight is not None and weight.dtype != float32):
-        return ref.norm_rotate(x, weight, eps, turns)
-    x, angles = dense(x), real(turns)
-    out, (t, d), pairs = alloc.empty_like(x), (x.shape[0], x.shape[-1]), turns.shape[1]
-    count, width = x.numel() // d, padded(d)
-    rows = min(padded(count), max(1, TILE // width))
-    _norm_rotate[(triton.cdiv(count, rows),)](
-        x, x if weight is None else dense(weight), angles, out, count, count // t, d, pairs, eps, WEIGHTED=weight is not None,
-        ROWS=rows, WIDTH=width, PAIRS=padded(pairs), num_warps=warps(rows * width))
-    return out
-
-
 def real(turns: Tensor) -> Tensor:
     """complex64 [t, pairs] -> float32 [t, pairs, 2], cosine and sine."""
     return torch.view_as_real(dense(turns.resolve_conj()))
@@ -173,37 +160,9 @@ def _rotate(x: Pointer, angles: Pointer, out: Pointer, count: int, heads: int, d
     tl.store(out + even + 1, other, inside)
 
 
-@triton.jit
-def _norm_rotate(x: Pointer, weight: Pointer, angles: Pointer, out: Pointer, count: int, heads: int, d: int, pairs: int,
-                 eps: float, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PAIRS: tl.constexpr) -> None:
-    """Both. The values to turn are loaded once more, as pairs, from a cache that just had them."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    place, still = tl.arange(0, WIDTH)[None, :], d - 2 * pairs
-    inside = (row < count) & (place < d)
-    values = tl.load(x + row * d + place, inside, 0.0)
-    factor = tl.rsqrt(tl.sum(values * values, 1)[:, None] / d + eps)
-    values *= factor
-    if WEIGHTED:
-        values *= tl.load(weight + place, place < d, 0.0)
-    tl.store(out + row * d + place, values, inside & (place < still))
-
-    pair = tl.arange(0, PAIRS)[None, :]
-    inside = (row < count) & (pair < pairs)
-    even = still + 2 * pair
-    one, other = tl.load(x + row * d + even, inside, 0.0) * factor, tl.load(x + row * d + even + 1, inside, 0.0) * factor
-    if WEIGHTED:
-        one *= tl.load(weight + even, pair < pairs, 0.0)
-        other *= tl.load(weight + even + 1, pair < pairs, 0.0)
-    one, other = turn(one, other, angles + (row // heads * pairs + pair) * 2, False, inside)
-    tl.store(out + row * d + even, one, inside)
-    tl.store(out + row * d + even + 1, other, inside)
-
-
 AHEAD = (
     Case(_turns, "*i64 *fp32 *fp32 i32 i32:16", {"ROWS": 16, "PAIRS": 32}),
     Case(_place, "*i64 *fp32 *fp32 *fp32 *i64 i32:16 i32:16", {"RATIOS": (4, 128), "PAIRS": 32}, warps=1),
     Case(_norm, "*fp32 *fp32 *fp32 i32 i32:16 fp32", {"WEIGHTED": True, "ROWS": 1, "WIDTH": 4096}, warps=8),
     Case(_rotate, "*fp32 *fp32 *fp32 i32 i32:16 i32:16 i32:16", {"INVERSE": True, "ROWS": 4, "STILL": 512, "PAIRS": 32}),
-    Case(_norm_rotate, "*fp32 *fp32 *fp32 *fp32 i32 i32:16 i32:16 i32:16 fp32",
-         {"WEIGHTED": False, "ROWS": 4, "WIDTH": 512, "PAIRS": 32}),
 )

@@ -13,7 +13,7 @@ from torch import Tensor, bfloat16, complex64, float32
 
 from dsv4_kernels import alloc
 from dsv4_kernels.ahead import Case
-from dsv4_kernels.gpu import Block, Pointer, dense, padded, to_bf16, warps
+from dsv4_kernels.gpu import Block, Pointer, dense, padded, warps
 from dsv4_kernels.norm_rope.gpu import real
 from dsv4_kernels.rounding import FP4, FP8, INDEX_BLOCK, KV_BLOCK, ref
 
@@ -28,6 +28,7 @@ INVERSE = tl.constexpr(254 << 23)  # less a power of two's bits: the bits of its
 WHOLE = tl.constexpr(1.5 * 2.0**23)  # added and taken away again, it rounds to whole numbers, ties to even
 
 power_of_two_scale = ref.power_of_two_scale
+round_kv = ref.round_kv  # on cards keys are rounded where they are kept (cache/gpu.py)
 
 
 def round_fp8(x: Tensor, block: int) -> Tensor:
@@ -36,16 +37,6 @@ def round_fp8(x: Tensor, block: int) -> Tensor:
 
 def round_fp4(x: Tensor, block: int) -> Tensor:
     return _rounded(x, block, False) if x.dtype == float32 else ref.round_fp4(x, block)
-
-
-def round_kv(x: Tensor, rotated: int) -> Tensor:
-    if x.dtype != float32 or not x.numel():
-        return ref.round_kv(x, rotated)
-    x = dense(x)
-    out, d = alloc.empty_like(x), x.shape[-1]
-    blocks = padded((d - rotated) // KV_BLOCK)
-    _round_kv[(x.numel() // d,)](x, out, d, rotated, BLOCKS=blocks, ROTATED=padded(rotated), num_warps=warps(blocks * KV_BLOCK))
-    return out
 
 
 def hadamard(x: Tensor) -> Tensor:
@@ -191,17 +182,6 @@ def _round_blocks(x: Pointer, out: Pointer, blocks: int, block: int, FP8: tl.con
 
 
 @triton.jit
-def _round_kv(x: Pointer, out: Pointer, d: int, rotated: int, BLOCKS: tl.constexpr, ROTATED: tl.constexpr) -> None:
-    """A program owns a vector."""
-    start = tl.program_id(0).to(tl.int64) * d
-    still = tl.arange(0, BLOCKS)[:, None] * KV + tl.arange(0, KV)[None, :]
-    inside = still < d - rotated
-    tl.store(out + start + still, rounded_fp8(tl.load(x + start + still, inside, 0.0)), inside)
-    place = d - rotated + tl.arange(0, ROTATED)
-    tl.store(out + start + place, to_bf16(tl.load(x + start + place, place < d, 0.0)), place < d)
-
-
-@triton.jit
 def _turn(x: Pointer, angles: Pointer, out: Pointer, count: int, heads: int, pairs: int, ROTATE: tl.constexpr,
           ROUND: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr) -> None:
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -232,7 +212,6 @@ def turn_rows(x: Pointer, angles: Pointer, out: Pointer, row: Block, count: int,
 
 AHEAD = (
     Case(_round_blocks, "*fp32 *fp32 i32 i32:16", {"FP8": True, "ROWS": 64, "WIDTH": 64}),
-    Case(_round_kv, "*fp32 *fp32 i32:16 i32:16", {"BLOCKS": 8, "ROTATED": 64}, warps=1),
     Case(_turn, "*fp32 *fp32 *bf16 i32:16 i32:16 i32:16", {"ROTATE": True, "ROUND": True,
          "ROWS": 32, "WIDTH": 128, "BITS": 7}, warps=8),
 )

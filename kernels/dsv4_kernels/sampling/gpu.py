@@ -113,9 +113,10 @@ def _weigh(scores: Pointer, best: Pointer, chances: Pointer, sums: Pointer, n: i
 
 
 @triton.jit
-def _piece(scores: Pointer, chances: Pointer, n: int, BY_MASS: tl.constexpr, PIECE: tl.constexpr) -> tuple[Block, Block, Block]:
-    """(ids, keys, and what each token counts: its chance, or one) of a program's own tokens."""
-    token = tl.program_id(0) * PIECE + tl.arange(0, PIECE)
+def _piece(scores: Pointer, chances: Pointer, first: int, n: int, BY_MASS: tl.constexpr,
+           PIECE: tl.constexpr) -> tuple[Block, Block, Block]:
+    """(ids, keys, and what each token counts: its chance, or one) of a piece that begins with token `first`."""
+    token = first + tl.arange(0, PIECE)
     key = tl.where(token < n, _key(tl.load(scores + token, token < n, 0.0)), -1)
     if BY_MASS:
         value = tl.load(chances + token, token < n, 0)
@@ -156,7 +157,7 @@ def _digits(scores: Pointer, chances: Pointer, sums: Pointer, parts: Pointer, pa
     if tl.program_id(0) == 0:
         tl.store(path + 2 * level, prefix)
         tl.store(path + 2 * level + 1, needed)
-    _, key, value = _piece(scores, chances, n, BY_MASS, PIECE)
+    _, key, value = _piece(scores, chances, tl.program_id(0) * PIECE, n, BY_MASS, PIECE)
     shift = 32 - BITS * level
     value = tl.where((key >> shift) == (prefix >> shift), value, 0)
     own = (key >> (shift - BITS)) & (DIGITS - 1)
@@ -170,7 +171,7 @@ def _filter(scores: Pointer, chances: Pointer, sums: Pointer, parts: Pointer, pa
             min_p: float, CUT: tl.constexpr, BY_MASS: tl.constexpr, LEVELS: tl.constexpr, PIECE: tl.constexpr,
             PIECES: tl.constexpr, UNIT: tl.constexpr) -> None:
     """What is beyond the cut if there is one, or less likely than min_p times the likeliest, becomes 0."""
-    token, key, value = _piece(scores, chances, n, BY_MASS, PIECE)
+    token, key, value = _piece(scores, chances, tl.program_id(0) * PIECE, n, BY_MASS, PIECE)
     chance = tl.load(chances + token, token < n, 0)
     chance = tl.where(chance.to(tl.float64) >= tl.cast(min_p, tl.float64) * (1 << UNIT), chance, 0)
     if CUT:
