@@ -194,6 +194,20 @@ def test_a_card_with_less_memory_than_it_said_has_fewer_slots(bound: Bound, ids:
     assert_close(walked(model, ids), walked(bound(expand_limit=0), ids), CHUNKS)
 
 
+def test_cards_with_slots_for_everyone_have_no_buffers_until_they_lose_some(bound: Bound, ids: Tensor,
+                                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    real = slots._Half.__init__
+    monkeypatch.setattr(slots._Half, "__init__", lambda self, *given: made.append(1) or real(self, *given))
+    model = bound(expand_limit=0, rooms=[Room("cpu", 0, 2, 2 * EXPERTS), Room("cpu", 2, LAYERS, (LAYERS - 2) * EXPERTS)])
+    expected = walked(bound(expand_limit=0), ids)
+    assert_close(walked(model, ids), expected, CHUNKS)
+    assert made == []
+    assert tiered(model).shrink() == 2 + 3
+    assert_close(walked(model, ids), expected, CHUNKS)
+    assert len(made) == 4
+
+
 def test_slots_are_given_back_and_the_dearest_experts_stay(bound: Bound, ids: Tensor) -> None:
     model = bound(expand_limit=0, rooms=[room(32)], wanted=some(1))
     tiers, order = tiered(model), some(1)
