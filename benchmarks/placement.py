@@ -1,11 +1,13 @@
 """How fast a model would decode on other people's machines, by where its experts lie: a simulation.
 
     python benchmarks/placement.py [--tokens 400] [--skew 0,0.5,1] [--recorded [MODEL]]
+    python benchmarks/placement.py --host
 
 Traces go through dsv4cli.engine.placement and the arithmetic of dsv4cli.engine.rates. The machines' rates are assumptions, not
 measurements. Each skew is the exponent of a Zipf distribution over a layer's experts. The first half of a trace is learned
 from, the second half is timed. With --recorded also choices that a model (tiny) made in conversations are replayed, on machines
-with as large a part of its experts in VRAM.
+with as large a part of its experts in VRAM. --host measures, on this machine, what the host's part of a layer takes beside
+computing: with experts so small that they take next to no time.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import random
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from time import perf_counter
 from typing import Any, NamedTuple
 
 from dsv4cli.engine.placement import (
@@ -275,7 +278,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--skew", default="0,0.5,1")
     parser.add_argument("--recorded", metavar="MODEL", nargs="?", const="tiny")
+    parser.add_argument("--host", action="store_true")
     options = parser.parse_args()
+    if options.host:
+        print(", ".join(f"{1e6 * host_seconds(missed):.1f} us with {missed} of {CHOSEN} missed" for missed in (0, 3, CHOSEN)))
+        return
     print("| machine | skew |", " | ".join((*POLICIES, *BOUNDS, *(f"hot / {name}" for name in BOUNDS))), "|")
     print("|---" * (2 + len(POLICIES) + 2 * len(BOUNDS)) + "|")
     for machine in MACHINES:
@@ -286,6 +293,30 @@ def main() -> None:
         for machine in MACHINES:
             show(machine.name, options.recorded, compare(shrunk(machine, tokens, experts), tokens))
         print(f"The busier half of {options.recorded}'s experts were chosen {busier(tokens, experts):.0%} of the time.")
+
+
+def host_seconds(missed: int, times: int = 2000) -> float:
+    """Of the host's part of one layer, from the choice that has come to the part that is computed, `missed` of six experts."""
+    import torch
+
+    from dsv4_kernels.moe import Expert, Experts
+    from dsv4_quant.formats import Packed
+    from dsv4cli.model.experts import TieredExperts
+    from dsv4cli.model.slots import Room
+
+    weight = Packed("q8_0", (32, 32), torch.zeros(32, 34, dtype=torch.uint8))
+    experts = Experts([Expert(weight, weight, weight)] * FLASH.experts)
+    layer = TieredExperts([experts], [Room("cpu", 0, 1, CHOSEN)], CHOSEN, [(0, number) for number in range(CHOSEN)]).layers[0]
+    layer.desk.told.experts.copy_(torch.arange(missed, missed + CHOSEN))
+    best = float("inf")
+    for _ in range(7):
+        start = perf_counter()
+        with torch.inference_mode():
+            for _ in range(times):
+                layer.answer(10.0)
+        best = min(best, (perf_counter() - start) / times)
+        layer.seen.clear()
+    return best
 
 
 def show(name: str, skew: str, rates: dict[str, float]) -> None:

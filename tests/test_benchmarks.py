@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dsv4_kernels import backends
 from dsv4_quant.files.headers import read_header
 from dsv4cli.engine.memory import plan_model
 from dsv4cli.engine.placement import Load, Placement
@@ -134,6 +135,19 @@ def test_the_placement_bound_loses_the_policies_time_in_layers() -> None:
     assert 4 * costs.lost <= lost <= 4 * most
     assert 0.8 * rates["placement bound"] < rates["hot"] < rates["split bound"] < rates["clairvoyant"]
     assert max(rates["LRU"], rates["first layers"]) < rates["hot"]
+
+
+def test_the_hosts_part_of_a_layer_is_timed() -> None:
+    """With as many misses as it was asked for."""
+    module, missed = simulation(), []
+
+    def watch(door: str, given: tuple[Any, ...]) -> None:
+        if door == "other_experts":
+            missed.append(int((given[2].places[given[0].experts] < 0).sum()))
+
+    with backends.watched(watch):
+        assert module.host_seconds(2, times=1) > 0
+    assert missed == [2] * 7
 
 
 def test_a_door_of_another_name_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,12 +60,12 @@ class Tiers:
             shares, chosen = route_and_tell(x, router, step.ids, self.desk.told)
             step.by_host(self.desk.mark)
             out = held_experts(x, shares, chosen, shared, self._held, limit)  # while the host does its part
-            step.by_host(lambda: self._answer(limit))
+            step.by_host(lambda: self.answer(limit))
             return join_part(out, self.desk.part, residual)
         out = self._of_several(x, *route(x, router, step.ids), shared, limit)
         return Joined(spread_streams(out, residual.streams, residual.post, residual.across))
 
-    def _answer(self, limit: float) -> None:
+    def answer(self, limit: float) -> None:
         """The host's part of a single token: computes what is chosen and lies in no slot."""
         told = self.desk.wait()
         self.seen.append(told.experts.clone())

@@ -68,7 +68,7 @@ def _layers(model: Model, state: Any, patch: pytest.MonkeyPatch) -> list[list[st
     with patch.context() as own, launches() as log:
         own.setattr(Block, "__call__", watched)
         own.setattr(Desk, "mark", lambda self: log.append("|"))
-        own.setattr(Tiers, "_answer", lambda self, limit: log.append("|"))  # without what the host computes
+        own.setattr(Tiers, "answer", lambda self, limit: log.append("|"))  # without what the host computes
         model.forward(torch.tensor([1]), state)
     return [log[start:end] for start, end in spans] + [log[:spans[0][0]] + log[spans[-1][1]:]]
 
