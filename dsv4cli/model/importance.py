@@ -84,7 +84,7 @@ class Collector:
         elif door == "routed_experts":
             self._routed(*given[:5])
         elif door == "experts_into_streams":
-            x, ids, router, shared, experts, limit, _ = given
+            x, ids, router, shared, experts, limit = given[:6]
             self._shared_expert(x, shared, limit)
             self._routed(x, *route(x, router, ids), experts, limit)  # by the router's doors, which are watched too
 
