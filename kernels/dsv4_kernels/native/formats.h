@@ -1,10 +1,12 @@
-// How each block format unpacks: `visit` walks a row and tells a sink, 32 weights at a time, their bytes and their scale.
+// How each block format unpacks: a `unit` of a row, BYTES bytes that are UNIT weights, tells a sink, 32 weights at a time, their
+// bytes and their scale; `visit` walks along ROWS rows side by side, so that what is loaded of a token serves each of them.
 //
 // A sink has six verbs, and wants even and odd k in turn, so that the compiler can tell them apart. put(k, w, factor): block k
 // is factor * w with signed bytes w. put_unsigned: the same with bytes 0..63. put_above: with bytes that are ABOVE too great.
-// put_signed: magnitudes and a bit where the sign is minus. A factor is what `scaled` makes of a scale: scaled(k, float) of one, scaled(k, f32x8) of those of eight blocks from k
-// on, among which one_of picks, scaled_halves(k, f32x8) of four blocks whose halves have scales of their own (HALVES; the
-// factor of a block is then a vector). low(i, m): weights of group i of eight sub-blocks lie m below what was put.
+// put_signed: magnitudes and a bit where the sign is minus. A factor is what `scaled` makes of a scale: scaled(k, float) of
+// one, scaled(k, f32x8) of those of eight blocks from k on, among which one_of picks, scaled_halves(k, f32x8) of four blocks
+// whose halves have scales of their own (HALVES; the factor of a block is then a vector). low(i, m): weights of group i of
+// eight sub-blocks lie m below what was put.
 //
 // Layouts are those of GGUF and of the official checkpoints; see the decoders in dsv4_quant.formats.
 #pragma once
@@ -32,20 +34,45 @@ DSV4_INLINE void in_pairs(int64_t blocks, Body&& body) {
     if (k < blocks) body(k);
 }
 
-// Asks for what a thread reads soon. Few blocks fit into the processor's window, and its own prefetcher halts at every page.
-DSV4_INLINE void fetch_ahead(const uint8_t* from) { __builtin_prefetch(from + 4096); }
+// Asks for what a thread reads soon, in the order of its addresses: not as rows side by side are read. Few blocks fit into
+// the processor's window, and its own prefetcher halts at every page.
+template <int BYTES>
+DSV4_INLINE void fetch(const uint8_t* from) {
+#pragma GCC unroll 16
+    for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(from + i);
+}
+
+// Rows that follow one another in memory, each to a sink of its own; `next` is where reading goes on.
+template <class F, int ROWS, class Sink>
+DSV4_INLINE void visit(const Row (&rows)[ROWS], int64_t cols, Sink (&sinks)[ROWS], const uint8_t* next) {
+    constexpr int STEP = ROWS * F::BYTES;
+    if constexpr (F::PREPARED) {
+        static_assert(ROWS == 1, "such a row is busy enough");
+        F::visit(rows[0], cols, sinks[0], next);
+    } else if constexpr (F::UNIT == 32) {
+        in_pairs(cols / F::UNIT, [&](int64_t i) {
+            if (i % 2 == 0) fetch<2 * STEP>(next + i * STEP);
+            for (int r = 0; r < ROWS; ++r) F::unit(rows[r], i, sinks[r]);
+        });
+    } else {
+        for (int64_t i = 0; i < cols / F::UNIT; ++i) {
+            fetch<STEP>(next + i * STEP);
+            for (int r = 0; r < ROWS; ++r) F::unit(rows[r], i, sinks[r]);
+        }
+    }
+}
 
 struct Q8_0Format {
-    static constexpr bool HALVES = false, SPLIT = false;
-    static constexpr int LOW = 0, ABOVE = 0;
+    static constexpr bool HALVES = false, SPLIT = false, PREPARED = false;
+    static constexpr int LOW = 0, ABOVE = ANY_BYTES ? 128 : 0, BYTES = 34, UNIT = 32, ROWS = 4;
 
     template <class Sink>
-    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
-        in_pairs(cols / 32, [&](int64_t k) {
-            const uint8_t* b = row.data + 34 * k;
-            if (k % 2 == 0) fetch_ahead(b);
+    static DSV4_INLINE void unit(const Row& row, int64_t k, Sink& sink) {
+        const uint8_t* b = row.data + BYTES * k;
+        if constexpr (ANY_BYTES)  // a sign less to move to the activations
+            sink.put_above(k, load<u8x32>(b + 2) ^ uint8_t(128), sink.scaled(k, half_at(b)));
+        else
             sink.put(k, load<i8x32>(b + 2), sink.scaled(k, half_at(b)));
-        });
     }
 };
 
@@ -53,29 +80,25 @@ struct Q8_0Format {
 constexpr u8x16 E2M1 = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 struct MXFP4Format {
-    static constexpr bool HALVES = false, SPLIT = false;
-    static constexpr int LOW = 0, ABOVE = 12;
+    static constexpr bool HALVES = false, SPLIT = false, PREPARED = false;
+    static constexpr int LOW = 0, ABOVE = 12, BYTES = 17, UNIT = 32, ROWS = 4;
 
     template <class Sink>
-    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
-        in_pairs(cols / 32, [&](int64_t k) {
-            const uint8_t* b = row.data + 17 * k;
-            if (k % 4 == 0) fetch_ahead(b);
-            sink.put_above(k, look_up_nibbles(E2M1, b + 1), sink.scaled(k, HALF_E8M0.of[*b]));
-        });
+    static DSV4_INLINE void unit(const Row& row, int64_t k, Sink& sink) {
+        const uint8_t* b = row.data + BYTES * k;
+        sink.put_above(k, look_up_nibbles(E2M1, b + 1), sink.scaled(k, HALF_E8M0.of[*b]));
     }
 };
 
 struct FP4Format {
-    static constexpr bool HALVES = false, SPLIT = true;  // a byte holds neighbours: its nibbles are evens and odds
-    static constexpr int LOW = 0, ABOVE = 12;
+    static constexpr bool HALVES = false, SPLIT = true, PREPARED = false;  // a byte holds neighbours: its nibbles are evens and odds
+    static constexpr int LOW = 0, ABOVE = 12, BYTES = 16, UNIT = 32, ROWS = 4;
 
     template <class Sink>
-    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
-        in_pairs(cols / 32, [&](int64_t k) {
-            float scale = row.float_scales ? 0.5f * load<float>(row.scales + 4 * k) : HALF_E8M0.of[row.scales[k]];
-            sink.put_above(k, look_up_nibbles(E2M1, row.data + 16 * k), sink.scaled(k, scale));
-        });
+    static DSV4_INLINE void unit(const Row& row, int64_t k, Sink& sink) {
+        const uint8_t* b = row.data + BYTES * k;
+        float scale = row.float_scales ? 0.5f * load<float>(row.scales + 4 * k) : HALF_E8M0.of[row.scales[k]];
+        sink.put_above(k, look_up_nibbles(E2M1, b), sink.scaled(k, scale));
     }
 };
 
@@ -99,94 +122,84 @@ struct SixBits {
 };
 
 struct Q4_KFormat {
-    static constexpr bool HALVES = false, SPLIT = false;
-    static constexpr int LOW = 32, ABOVE = 0;
+    static constexpr bool HALVES = false, SPLIT = false, PREPARED = false;
+    static constexpr int LOW = 32, ABOVE = 0, BYTES = 144, UNIT = 256, ROWS = 2;
 
     template <class Sink>
-    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
-        const uint8_t* b = row.data;
-        for (int64_t s = 0; s < cols / 256; ++s, b += 144) {
-            fetch_ahead(b);
-            fetch_ahead(b + 72);
-            SixBits six(b + 4);
-            f32x8 scales = sink.scaled(8 * s, bytes_to_floats(six.scales) * splat(half_at(b)));
-            sink.low(s, bytes_to_floats(six.lows) * splat(half_at(b + 2)));
-            for (int j = 0; j < 4; ++j) {
-                u8x32 pairs = load<u8x32>(b + 16 + 32 * j);
-                sink.put_unsigned(8 * s + 2 * j, field<0>(pairs, 15), sink.one_of(scales, 2 * j));
-                sink.put_unsigned(8 * s + 2 * j + 1, field<4>(pairs, 15), sink.one_of(scales, 2 * j + 1));
-            }
+    static DSV4_INLINE void unit(const Row& row, int64_t s, Sink& sink) {
+        const uint8_t* b = row.data + BYTES * s;
+        SixBits six(b + 4);
+        f32x8 scales = sink.scaled(8 * s, bytes_to_floats(six.scales) * splat(half_at(b)));
+        sink.low(s, bytes_to_floats(six.lows) * splat(half_at(b + 2)));
+        for (int j = 0; j < 4; ++j) {
+            u8x32 pairs = load<u8x32>(b + 16 + 32 * j);
+            sink.put_unsigned(8 * s + 2 * j, field<0>(pairs, 15), sink.one_of(scales, 2 * j));
+            sink.put_unsigned(8 * s + 2 * j + 1, field<4>(pairs, 15), sink.one_of(scales, 2 * j + 1));
         }
     }
 };
 
 struct Q5_KFormat {
-    static constexpr bool HALVES = false, SPLIT = false;
-    static constexpr int LOW = 32, ABOVE = 0;
+    static constexpr bool HALVES = false, SPLIT = false, PREPARED = false;
+    static constexpr int LOW = 32, ABOVE = 0, BYTES = 176, UNIT = 256, ROWS = 2;
 
     template <class Sink>
-    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
-        const uint8_t* b = row.data;
-        for (int64_t s = 0; s < cols / 256; ++s, b += 176) {
-            SixBits six(b + 4);
-            f32x8 scales = sink.scaled(8 * s, bytes_to_floats(six.scales) * splat(half_at(b)));
-            sink.low(s, bytes_to_floats(six.lows) * splat(half_at(b + 2)));
-            u8x32 fifth = load<u8x32>(b + 16);
-            for (int j = 0; j < 4; ++j) {
-                u8x32 pairs = load<u8x32>(b + 48 + 32 * j);
-                u8x32 low = field<0>(pairs, 15) | bits<u8x32>(bits<u32x8>(field<0>(fifth, 1)) << 4);
-                u8x32 high = field<4>(pairs, 15) | bits<u8x32>(bits<u32x8>(field<1>(fifth, 1)) << 4);
-                sink.put_unsigned(8 * s + 2 * j, low, sink.one_of(scales, 2 * j));
-                sink.put_unsigned(8 * s + 2 * j + 1, high, sink.one_of(scales, 2 * j + 1));
-                fifth = bits<u8x32>(bits<u32x8>(fifth) >> 2);  // what crosses into a neighbour is masked away above
-            }
+    static DSV4_INLINE void unit(const Row& row, int64_t s, Sink& sink) {
+        const uint8_t* b = row.data + BYTES * s;
+        SixBits six(b + 4);
+        f32x8 scales = sink.scaled(8 * s, bytes_to_floats(six.scales) * splat(half_at(b)));
+        sink.low(s, bytes_to_floats(six.lows) * splat(half_at(b + 2)));
+        u8x32 fifth = load<u8x32>(b + 16);
+        for (int j = 0; j < 4; ++j) {
+            u8x32 pairs = load<u8x32>(b + 48 + 32 * j);
+            u8x32 low = field<0>(pairs, 15) | bits<u8x32>(bits<u32x8>(field<0>(fifth, 1)) << 4);
+            u8x32 high = field<4>(pairs, 15) | bits<u8x32>(bits<u32x8>(field<1>(fifth, 1)) << 4);
+            sink.put_unsigned(8 * s + 2 * j, low, sink.one_of(scales, 2 * j));
+            sink.put_unsigned(8 * s + 2 * j + 1, high, sink.one_of(scales, 2 * j + 1));
+            fifth = bits<u8x32>(bits<u32x8>(fifth) >> 2);  // what crosses into a neighbour is masked away above
         }
     }
 };
 
 struct Q6_KFormat {
-    static constexpr bool HALVES = true, SPLIT = false;
-    static constexpr int LOW = 0, ABOVE = 32;
+    static constexpr bool HALVES = true, SPLIT = false, PREPARED = false;
+    static constexpr int LOW = 0, ABOVE = 32, BYTES = 210, UNIT = 256, ROWS = 2;
 
     template <class Sink>
-    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
-        const uint8_t* b = row.data;
-        for (int64_t s = 0; s < cols / 256; ++s, b += 210) {
-            f32x8 d = splat(half_at(b + 208));
-            for (int half = 0; half < 2; ++half) {
-                f32x8 steps = sink.scaled_halves(8 * s + 4 * half, signed_bytes_to_floats(b + 192 + 8 * half) * d);
-                u8x32 first = load<u8x32>(b + 64 * half), second = load<u8x32>(b + 64 * half + 32);
-                u8x32 upper = load<u8x32>(b + 128 + 32 * half);
-                u8x32 codes[4] = {field<0>(first, 15) | bits<u8x32>(bits<u32x8>(field<0>(upper, 3)) << 4),
-                                  field<0>(second, 15) | bits<u8x32>(bits<u32x8>(field<2>(upper, 3)) << 4),
-                                  field<4>(first, 15) | bits<u8x32>(bits<u32x8>(field<4>(upper, 3)) << 4),
-                                  field<4>(second, 15) | bits<u8x32>(bits<u32x8>(field<6>(upper, 3)) << 4)};
-                for (int j = 0; j < 4; ++j) sink.put_above(8 * s + 4 * half + j, codes[j], halves_of(steps, j));
-            }
+    static DSV4_INLINE void unit(const Row& row, int64_t s, Sink& sink) {
+        const uint8_t* b = row.data + BYTES * s;
+        f32x8 d = splat(half_at(b + 208));
+        for (int half = 0; half < 2; ++half) {
+            f32x8 steps = sink.scaled_halves(8 * s + 4 * half, signed_bytes_to_floats(b + 192 + 8 * half) * d);
+            u8x32 first = load<u8x32>(b + 64 * half), second = load<u8x32>(b + 64 * half + 32);
+            u8x32 upper = load<u8x32>(b + 128 + 32 * half);
+            u8x32 codes[4] = {field<0>(first, 15) | bits<u8x32>(bits<u32x8>(field<0>(upper, 3)) << 4),
+                              field<0>(second, 15) | bits<u8x32>(bits<u32x8>(field<2>(upper, 3)) << 4),
+                              field<4>(first, 15) | bits<u8x32>(bits<u32x8>(field<4>(upper, 3)) << 4),
+                              field<4>(second, 15) | bits<u8x32>(bits<u32x8>(field<6>(upper, 3)) << 4)};
+            for (int j = 0; j < 4; ++j) sink.put_above(8 * s + 4 * half + j, codes[j], halves_of(steps, j));
         }
     }
 };
 
 struct Q3_KFormat {
-    static constexpr bool HALVES = true, SPLIT = false;
-    static constexpr int LOW = 0, ABOVE = 4;
+    static constexpr bool HALVES = true, SPLIT = false, PREPARED = false;
+    static constexpr int LOW = 0, ABOVE = 4, BYTES = 110, UNIT = 256, ROWS = 2;
 
     template <class Sink>
-    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
-        const uint8_t* b = row.data;
-        for (int64_t s = 0; s < cols / 256; ++s, b += 110) {
-            f32x8 d = splat(half_at(b + 108));
-            f32x8 steps[2];
-            scales(b + 96, d, steps);
-            for (int half = 0; half < 2; ++half) steps[half] = sink.scaled_halves(8 * s + 4 * half, steps[half]);
-            u8x32 third = load<u8x32>(b);  // a bit that is clear takes 4 away
+    static DSV4_INLINE void unit(const Row& row, int64_t s, Sink& sink) {
+        const uint8_t* b = row.data + BYTES * s;
+        f32x8 d = splat(half_at(b + 108));
+        f32x8 steps[2];
+        scales(b + 96, d, steps);
+        for (int half = 0; half < 2; ++half) steps[half] = sink.scaled_halves(8 * s + 4 * half, steps[half]);
+        u8x32 third = load<u8x32>(b);  // a bit that is clear takes 4 away
 #pragma GCC unroll 8
-            for (int j = 0; j < 8; ++j) {
-                u8x32 pairs = load<u8x32>(b + 32 + 32 * (j / 4));
-                u8x32 code = bits<u8x32>(bits<u32x8>(pairs) >> (2 * (j % 4))) & 3;
-                u8x32 upper = bits<u8x32>(bits<u32x8>(third) >> j) & 1;
-                sink.put_above(8 * s + j, code | bits<u8x32>(bits<u32x8>(upper) << 2), halves_of(steps[j / 4], j % 4));
-            }
+        for (int j = 0; j < 8; ++j) {
+            u8x32 pairs = load<u8x32>(b + 32 + 32 * (j / 4));
+            u8x32 code = bits<u8x32>(bits<u32x8>(pairs) >> (2 * (j % 4))) & 3;
+            u8x32 upper = bits<u8x32>(bits<u32x8>(third) >> j) & 1;
+            sink.put_above(8 * s + j, code | bits<u8x32>(bits<u32x8>(upper) << 2), halves_of(steps[j / 4], j % 4));
         }
     }
 
@@ -202,26 +215,23 @@ struct Q3_KFormat {
 };
 
 struct Q2_KFormat {
-    static constexpr bool HALVES = true, SPLIT = false;
-    static constexpr int LOW = 16, ABOVE = 0;
+    static constexpr bool HALVES = true, SPLIT = false, PREPARED = false;
+    static constexpr int LOW = 16, ABOVE = 0, BYTES = 84, UNIT = 256, ROWS = 2;
 
     template <class Sink>
-    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
-        const uint8_t* b = row.data;
-        for (int64_t s = 0; s < cols / 256; ++s, b += 84) {
-            fetch_ahead(b);
-            uint64_t first = load<uint64_t>(b), second = load<uint64_t>(b + 8);
-            constexpr uint64_t LOW_NIBBLES = 0x0f0f0f0f0f0f0f0fu;
-            f32x8 d = splat(half_at(b + 80)), d_low = splat(half_at(b + 82));
-            f32x8 steps[2] = {sink.scaled_halves(8 * s, bytes_to_floats(first & LOW_NIBBLES) * d),
-                              sink.scaled_halves(8 * s + 4, bytes_to_floats(second & LOW_NIBBLES) * d)};
-            sink.low(2 * s, bytes_to_floats(first >> 4 & LOW_NIBBLES) * d_low);
-            sink.low(2 * s + 1, bytes_to_floats(second >> 4 & LOW_NIBBLES) * d_low);
-            for (int half = 0; half < 2; ++half) {
-                u8x32 quads = load<u8x32>(b + 16 + 32 * half);
-                u8x32 codes[4] = {field<0>(quads, 3), field<2>(quads, 3), field<4>(quads, 3), field<6>(quads, 3)};
-                for (int j = 0; j < 4; ++j) sink.put_unsigned(8 * s + 4 * half + j, codes[j], halves_of(steps[half], j));
-            }
+    static DSV4_INLINE void unit(const Row& row, int64_t s, Sink& sink) {
+        const uint8_t* b = row.data + BYTES * s;
+        uint64_t first = load<uint64_t>(b), second = load<uint64_t>(b + 8);
+        constexpr uint64_t LOW_NIBBLES = 0x0f0f0f0f0f0f0f0fu;
+        f32x8 d = splat(half_at(b + 80)), d_low = splat(half_at(b + 82));
+        f32x8 steps[2] = {sink.scaled_halves(8 * s, bytes_to_floats(first & LOW_NIBBLES) * d),
+                          sink.scaled_halves(8 * s + 4, bytes_to_floats(second & LOW_NIBBLES) * d)};
+        sink.low(2 * s, bytes_to_floats(first >> 4 & LOW_NIBBLES) * d_low);
+        sink.low(2 * s + 1, bytes_to_floats(second >> 4 & LOW_NIBBLES) * d_low);
+        for (int half = 0; half < 2; ++half) {
+            u8x32 quads = load<u8x32>(b + 16 + 32 * half);
+            u8x32 codes[4] = {field<0>(quads, 3), field<2>(quads, 3), field<4>(quads, 3), field<6>(quads, 3)};
+            for (int j = 0; j < 4; ++j) sink.put_unsigned(8 * s + 4 * half + j, codes[j], halves_of(steps[half], j));
         }
     }
 };
@@ -257,27 +267,28 @@ DSV4_INLINE void visit_prepared(int64_t count, Sink& sink, Prepare&& prepare) {
 }
 
 struct IQ2_XXSFormat {
-    static constexpr bool HALVES = false, SPLIT = false;
-    static constexpr int LOW = 0, ABOVE = 0;
+    static constexpr bool HALVES = false, SPLIT = false, PREPARED = true;
+    static constexpr int LOW = 0, ABOVE = 0, BYTES = 66, UNIT = 256, ROWS = 1;
 
     template <class Sink>
-    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
+    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink, const uint8_t* next) {
         visit_prepared<IQ2Sizes>(cols / 256, sink, [&](int64_t s, Prepared<IQ2Sizes>& to) {
-            const uint8_t* b = row.data + 66 * s;
-            fetch_ahead(b);
+            const uint8_t* b = row.data + BYTES * s;
+            fetch<BYTES>(next + BYTES * s);
             to.set(b + 2, odd_lanes(b + 2), 0.125f * half_at(b), 8 * s, sink);
         });
     }
 };
 
 struct IQ3_XXSFormat {
-    static constexpr bool HALVES = false, SPLIT = false;
-    static constexpr int LOW = 0, ABOVE = 0;
+    static constexpr bool HALVES = false, SPLIT = false, PREPARED = true;
+    static constexpr int LOW = 0, ABOVE = 0, BYTES = 98, UNIT = 256, ROWS = 1;
 
     template <class Sink>
-    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink) {
+    static DSV4_INLINE void visit(const Row& row, int64_t cols, Sink& sink, const uint8_t* next) {
         visit_prepared<IQ3Sizes>(cols / 256, sink, [&](int64_t s, Prepared<IQ3Sizes>& to) {
-            const uint8_t* b = row.data + 98 * s;
+            const uint8_t* b = row.data + BYTES * s;
+            fetch<BYTES>(next + BYTES * s);
             to.set(b + 2, load<u32x8>(b + 66), 0.25f * half_at(b), 8 * s, sink);
         });
     }

@@ -19,10 +19,16 @@ namespace {
 constexpr int TILE = 4;        // rows that are unpacked together
 constexpr int TOGETHER = REGISTERS >= 32 && ANY_BYTES ? 4 : 2;  // tokens that meet a tile at once: their sums stay in registers
 constexpr int64_t FEW = 3;     // tokens up to which unpacking again is cheaper
+constexpr int64_t AHEAD = 4096;  // bytes between what is multiplied and what is asked for, if not more
 
 Row row_of(const Weight& w, int64_t row) {
     const uint8_t* scales = w.scales ? w.scales + row * w.scale_cols * (w.float_scales ? 4 : 1) : nullptr;
     return {w.data + row * w.row_bytes, scales, w.float_scales != 0};
+}
+
+// What is asked for while `rows` rows from `row` on are multiplied.
+const uint8_t* behind(const Weight& w, int64_t row, int64_t rows) {
+    return w.data + row * w.row_bytes + std::max(rows * w.row_bytes, AHEAD);
 }
 
 // Scales of weights, as a sink that keeps rows of weights wants them.
@@ -40,20 +46,18 @@ DSV4_INLINE f32x8 spread(f32x8 factor) { return factor; }
 struct Bytes {
     const int8_t* q;
     const float *d, *sums;
-    const int32_t* above;
 
     template <class F>
     static Bytes of(const Activations& x, int64_t row) {
         const float* sums = F::LOW == 16 ? x.sum16 + row * (x.cols / 16) : x.sum32 + row * (x.cols / 32);
-        return {x.q + row * x.cols, x.d + row * (x.cols / 32), F::LOW ? sums : nullptr,
-                x.above ? x.above + row * (x.cols / 4) : nullptr};
+        return {x.q + row * x.cols, x.d + row * (x.cols / 32), F::LOW ? sums : nullptr};
     }
 };
 
 // Two sums, for even and odd blocks: a single one would have to wait for itself.
 //
-// What bytes are too great by comes off before the products are summed, as whole numbers (LOWERED: it is at hand).
-template <int ABOVE, bool LOWERED>
+// What bytes are too great by comes off before the products are summed, as whole numbers; rows side by side share what it is.
+template <int ABOVE>
 struct Dot {
     Bytes a;
     f32x8 even = {}, odd = {}, below = {};
@@ -78,10 +82,7 @@ struct Dot {
     DSV4_INLINE void put_unsigned(int64_t k, u8x32 w, S factor) { add(k, dot_unsigned(w, block(k)), spread(factor)); }
     template <class S>
     DSV4_INLINE void put_above(int64_t k, u8x32 w, S factor) {
-        if constexpr (LOWERED)
-            add(k, dot_unsigned(w, block(k), load<i32x8>(a.above + 8 * k)), spread(factor));
-        else
-            put(k, i8x32(w - uint8_t(ABOVE)), factor);
+        add(k, dot_unsigned(w, block(k), -dot_unsigned(u8x32{} + uint8_t(ABOVE), block(k))), spread(factor));
     }
     template <class S>
     DSV4_INLINE void put_signed(int64_t k, u8x32 size, uint32_t minus, S factor) {
@@ -139,8 +140,9 @@ struct Tile {
 
     void unpack(const Weight& weight, int64_t first, int rows) {
         for (int r = 0; r < rows; ++r) {
-            Sink sink{{}, w + r * cols, sizes + r * cols, scales + r * padded, lows + r * groups};
-            F::visit(row_of(weight, first + r), cols, sink);
+            Sink sink[1] = {{{}, w + r * cols, sizes + r * cols, scales + r * padded, lows + r * groups}};
+            Row row[1] = {row_of(weight, first + r)};
+            visit<F>(row, cols, sink, behind(weight, first + r, 1));
         }
     }
 
@@ -224,24 +226,36 @@ DSV4_INLINE void meet(Tile<F>& tile, int rows, const Activations& x, const Picke
     for (int t = 0; t < TOKENS; ++t) std::copy(found[t], found[t] + rows, y + (i + t) * y_stride);
 }
 
-template <class F, bool LOWERED>
-DSV4_INLINE float dot_of(const Row& row, int64_t cols, const Bytes& a) {
-    Dot<F::ABOVE, LOWERED> dot{a};
-    F::visit(row, cols, dot);
-    return dot.total();
+// ROWS rows from `first` on with one token.
+template <class F, int ROWS>
+DSV4_INLINE void dots(const Weight& weight, int64_t first, const Bytes& a, float* y) {
+    Row rows[ROWS];
+    Dot<F::ABOVE> found[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        rows[r] = row_of(weight, first + r);
+        found[r].a = a;
+    }
+    visit<F>(rows, weight.cols, found, behind(weight, first, ROWS));
+    for (int r = 0; r < ROWS; ++r) y[r] = found[r].total();
+}
+
+template <class F>
+void multiply_few(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
+                  int64_t y_stride) {
+    int64_t row = begin;
+    for (; row + F::ROWS <= end; row += F::ROWS)
+        for (int64_t i = 0; i < picked.count; ++i)
+            dots<F, F::ROWS>(weight, row, Bytes::of<F>(x, picked[i]), y + i * y_stride + row - begin);
+    for (; row < end; ++row)
+        for (int64_t i = 0; i < picked.count; ++i)
+            dots<F, 1>(weight, row, Bytes::of<F>(x, picked[i]), y + i * y_stride + row - begin);
 }
 
 template <class F>
 void multiply_bytes(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
                     int64_t y_stride) {
     if (picked.count <= FEW) {
-        for (int64_t row = begin; row < end; ++row)
-            for (int64_t i = 0; i < picked.count; ++i) {
-                Bytes a = Bytes::of<F>(x, picked[i]);
-                Row packed = row_of(weight, row);
-                y[i * y_stride + row - begin] =
-                    F::ABOVE && a.above ? dot_of<F, true>(packed, weight.cols, a) : dot_of<F, false>(packed, weight.cols, a);
-            }
+        multiply_few<F>(weight, begin, end, x, picked, y, y_stride);
         return;
     }
     Tile<F> tile(weight.cols);
@@ -351,11 +365,12 @@ void multiply_exactly(const Weight& weight, int64_t begin, int64_t end, const Ac
                       int64_t y_stride) {
     thread_local std::vector<float> memory;
     memory.resize(std::max(memory.size(), size_t(2 * weight.cols)));
-    Floats<F> floats{{}, memory.data(), memory.data() + weight.cols};
-    Weight one{reinterpret_cast<const uint8_t*>(floats.row), nullptr, 1, weight.cols, weight.cols * 4, 0, F32, 0, 0};
+    Floats<F> floats[1] = {{{}, memory.data(), memory.data() + weight.cols}};
+    Weight one{reinterpret_cast<const uint8_t*>(floats[0].row), nullptr, 1, weight.cols, weight.cols * 4, 0, F32, 0, 0};
     for (int64_t row = begin; row < end; ++row) {
-        F::visit(row_of(weight, row), weight.cols, floats);
-        floats.finish(weight.cols);
+        Row packed[1] = {row_of(weight, row)};
+        visit<F>(packed, weight.cols, floats, behind(weight, row, 1));
+        floats[0].finish(weight.cols);
         multiply_floats<F32Format>(one, 0, 1, x, picked, y + row - begin, y_stride);
     }
 }
@@ -367,11 +382,11 @@ struct Kind {
     Multiply *usual, *exact;
 };
 
-constexpr Wants AS_THEY_ARE = {false, false, false, 0};
+constexpr Wants AS_THEY_ARE = {false, false, false};
 
 template <class F>
 constexpr Kind bytes() {
-    return {{true, F::SPLIT, F::LOW != 0, F::ABOVE}, multiply_bytes<F>, multiply_exactly<F>};
+    return {{true, F::SPLIT, F::LOW != 0}, multiply_bytes<F>, multiply_exactly<F>};
 }
 
 template <class F>

@@ -8,13 +8,11 @@
 namespace dsv4 {
 namespace {
 
-constexpr int64_t LOWERED = 8;  // rows up to which what their sums take back is worth its memory, four times theirs
 constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it leaves the rounded number in the low bits
 
 struct Memory {
     std::vector<int8_t> q;
     std::vector<float> d, sum16, sum32;
-    std::vector<int32_t> above;
 };
 
 thread_local Memory memories[2];
@@ -53,12 +51,10 @@ DSV4_INLINE int sum_of_16(const int8_t* q) {
     return sum;
 }
 
-DSV4_INLINE i32x8 fours(i8x32 q) { return dot_unsigned(u8x32{} + 1, q); }
-
 }  // namespace
 
 Activations rounded(const float* x, int64_t count, int64_t cols, Wants wants, int slot) {
-    if (!wants.bytes) return {x, cols, nullptr, nullptr, nullptr, nullptr, nullptr};
+    if (!wants.bytes) return {x, cols, nullptr, nullptr, nullptr, nullptr};
     Memory& memory = memories[slot];
     size_t blocks = size_t(count * cols / 32);
     if (memory.d.size() < blocks) {
@@ -67,15 +63,11 @@ Activations rounded(const float* x, int64_t count, int64_t cols, Wants wants, in
         memory.sum16.resize(blocks * 2);
         memory.sum32.resize(blocks);
     }
-    bool lowered = wants.above && count <= LOWERED;
-    if (lowered && memory.above.size() < 8 * blocks) memory.above.resize(8 * blocks);
     int8_t* q = memory.q.data();
     float *d = memory.d.data(), *sum16 = memory.sum16.data(), *sum32 = memory.sum32.data();
-    int32_t* above = lowered ? memory.above.data() : nullptr;
     parallel(int64_t(blocks), 1024, [=](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) {
             d[b] = round_block(x + 32 * b, q + 32 * b, wants.split);
-            if (above) store(above + 8 * b, -fours(load<i8x32>(q + 32 * b)) * wants.above);
             if (!wants.sums) continue;
             int low = sum_of_16(q + 32 * b), high = sum_of_16(q + 32 * b + 16);
             sum16[2 * b] = d[b] * float(low);
@@ -83,7 +75,7 @@ Activations rounded(const float* x, int64_t count, int64_t cols, Wants wants, in
             sum32[b] = d[b] * float(low + high);
         }
     });
-    return {x, cols, q, d, sum16, sum32, above};
+    return {x, cols, q, d, sum16, sum32};
 }
 
 }  // namespace dsv4

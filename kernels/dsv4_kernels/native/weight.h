@@ -27,7 +27,6 @@ struct Activations {
     const float* d;     // [rows, cols / 32]
     const float* sum16;  // [rows, cols / 16]: sums of 16 rounded values, for formats with a minimum
     const float* sum32;  // [rows, cols / 32]
-    const int32_t* above;  // [rows, cols / 4]: -above (see Wants) times the sum of four in a row; null where rows are many
 };
 
 // Which of these rows a product takes, in order: first, first + stride, ..., or those of a list.
@@ -44,10 +43,9 @@ struct Wants {
     bool bytes;  // rounded to bytes; else float32 only
     bool split;  // the even values of each 32 first
     bool sums;
-    int above;   // the weights' bytes are so much too great
 };
 
-inline bool same(Wants a, Wants b) { return a.bytes == b.bytes && a.split == b.split && a.sums == b.sums && a.above == b.above; }
+inline bool same(Wants a, Wants b) { return a.bytes == b.bytes && a.split == b.split && a.sums == b.sums; }
 
 Wants wants(const Weight& weight);
 
