@@ -64,7 +64,7 @@ DSV4_INLINE void visit(const Row (&rows)[ROWS], int64_t cols, Sink (&sinks)[ROWS
 
 struct Q8_0Format {
     static constexpr bool HALVES = false, SPLIT = false, PREPARED = false;
-    static constexpr int LOW = 0, ABOVE = ANY_BYTES ? 128 : 0, BYTES = 34, UNIT = 32, ROWS = 4;
+    static constexpr int LOW = 0, ABOVE = ANY_BYTES ? 128 : 0, BYTES = 34, UNIT = 32, ROWS = 1;
 
     template <class Sink>
     static DSV4_INLINE void unit(const Row& row, int64_t k, Sink& sink) {
