@@ -75,9 +75,9 @@ def test_memory_that_nobody_else_holds_is_kept_until_it_was_used(random: torch.G
 
 def test_complaints_come_when_the_queue_ends_and_what_follows_is_harmless(random: torch.Generator) -> None:
     x, gate = torch.randn(1, 32, generator=random), torch.randn(4, 32, generator=random)
-    table = torch.tensor([[0, 1], [2, 9]])
+    table, ids = torch.tensor([[0, 1], [2, 9]]), torch.tensor([1])
     with pytest.raises(IndexError, match="outside the 4"), backends.queued():
-        weights, experts = route_by_hash(x, gate, table, torch.tensor([1]), 1.0)
+        weights, experts = route_by_hash(x, gate, table, ids, 1.0)
     assert experts.tolist() == [[0, 0]]
     assert weights.isnan().all()
 
