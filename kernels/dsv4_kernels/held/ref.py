@@ -29,13 +29,9 @@ def held_experts(x: Tensor, weights: Tensor, chosen: Tensor, shared: Expert, hel
 
 
 def add_held(module: ModuleType, x: Tensor, weights: Tensor, chosen: Tensor, held: Held, limit: float, onto: Tensor) -> Tensor:
-    """Adds the held ones to `onto`, token by token, by a backend of `moe`, for whoever can look where they are."""
-    for row, places in enumerate(held.places.to(chosen.device)[chosen]):
-        here, own = places >= 0, slice(row, row + 1)
-        if here.any():
-            mine = alloc.held(weights[own][:, here]), alloc.held(places[here][None])
-            module.routed_experts(x[own], *mine, held.there, limit, onto[own])
-    return onto
+    """Adds the held ones to `onto` by a backend of `moe`, for whoever can look where they are."""
+    places = held.places.to(chosen.device)[chosen]
+    return _add_some(module, x, weights, places, places >= 0, held.there, limit, onto)
 
 
 def other_experts(told: Told, experts: Sequence[Expert], held: Held, limit: float, part: Tensor) -> None:
@@ -43,13 +39,19 @@ def other_experts(told: Told, experts: Sequence[Expert], held: Held, limit: floa
 
 
 def add_others(module: ModuleType, told: Told, experts: Sequence[Expert], held: Held, limit: float, part: Tensor) -> None:
-    """The same by a backend of `moe`, token by token."""
-    part.zero_()
-    for row, places in enumerate(held.places[told.experts]):
-        away, own = places < 0, slice(row, row + 1)
-        if away.any():
-            mine = alloc.held(told.weights[own][:, away]), alloc.held(told.experts[own][:, away])
-            module.routed_experts(told.x[own], *mine, experts, limit, part[own])
+    """The same by a backend of `moe`."""
+    _add_some(module, *told, held.places[told.experts] < 0, experts, limit, part.zero_())
+
+
+def _add_some(module: ModuleType, x: Tensor, weights: Tensor, numbers: Tensor, some: Tensor, experts: Sequence[Expert],
+              limit: float, onto: Tensor) -> Tensor:
+    """Adds some [t, k] of each token's experts, by their numbers [t, k], to `onto`, token by token."""
+    for row, these in enumerate(some):
+        own = slice(row, row + 1)
+        if these.any():
+            mine = alloc.held(weights[own][:, these]), alloc.held(numbers[own][:, these])
+            module.routed_experts(x[own], *mine, experts, limit, onto[own])
+    return onto
 
 
 def renew(held: Held) -> bool:
