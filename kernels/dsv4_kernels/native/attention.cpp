@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "aligned.h"
 #include "api.h"
 #include "floats.h"
 #include "pool.h"
@@ -15,6 +16,7 @@ namespace {
 
 constexpr int HEADS = 4;       // that go together
 constexpr int64_t KEYS = 64;   // that are gathered together
+constexpr int WIDE = REGISTERS >= 32 ? 4 : 2;  // keys that are scored, or vectors of a key that are gathered, at once
 
 struct Problem {
     const float* q;  // [t, heads, d]
@@ -34,7 +36,7 @@ struct Problem {
 
 struct Scratch {
     std::vector<const uint8_t*> keys;
-    std::vector<float> q, scores;
+    Aligned<float> q, scores;
 };
 
 thread_local Scratch scratch;
@@ -66,16 +68,18 @@ DSV4_INLINE void score(const float* q, int64_t d, const uint8_t* const* keys, fl
         f32x8 key[COUNT];
         for (int j = 0; j < COUNT; ++j) key[j] = T::eight(keys[j] + c * T::BYTES);
         for (int h = 0; h < HEADS; ++h) {
-            f32x8 part = load<f32x8>(q + h * d + c);
+            f32x8 part = kept(load<f32x8>(q + h * d + c));
             for (int j = 0; j < COUNT; ++j) sums[h][j] = fma(part, key[j], sums[h][j]);
         }
     }
-    for (int h = 0; h < HEADS; ++h)
-        for (int j = 0; j < COUNT; ++j) {
-            float total = sum(sums[h][j]);
+    for (int j = 0; j < COUNT; ++j) {
+        f32x4 totals = dsv4::sums({sums[0][j], sums[1][j], sums[2][j], sums[3][j]});
+        for (int h = 0; h < HEADS; ++h) {
+            float total = totals[h];
             for (int64_t rest = c; rest < d; ++rest) total += q[h * d + rest] * T::one(keys[j] + rest * T::BYTES);
             scores[h * stride + j] = total;
         }
+    }
 }
 
 // Scores become e^(score - most), and their sum, with the sink's, is returned. `stride` numbers may be written.
@@ -117,11 +121,8 @@ template <class T>
 void gather_some(const uint8_t* const* keys, int64_t count, const float* shares, int64_t stride, int64_t d, int heads,
                  float* out) {
     int64_t c = 0;
-    for (; c + 16 <= d; c += 16) gather<T, 2>(keys, count, shares, stride, c, d, heads, out);
-    if (c + 8 <= d) {
-        gather<T, 1>(keys, count, shares, stride, c, d, heads, out);
-        c += 8;
-    }
+    for (; c + 8 * WIDE <= d; c += 8 * WIDE) gather<T, WIDE>(keys, count, shares, stride, c, d, heads, out);
+    for (; c + 8 <= d; c += 8) gather<T, 1>(keys, count, shares, stride, c, d, heads, out);
     for (; c < d; ++c)
         for (int h = 0; h < heads; ++h)
             for (int64_t key = 0; key < count; ++key) out[h * d + c] += shares[h * stride + key] * T::one(keys[key] + c * T::BYTES);
@@ -140,8 +141,8 @@ void attend(const Problem& p, int64_t i, int64_t first, int heads) {
     for (int64_t c = 0; c < heads * d; ++c) q[c] = from[c] * scale;
 
     int64_t j = 0;
-    for (; j + 2 <= count; j += 2) score<T, 2>(q, d, keys.data() + j, scores + j, stride);
-    if (j < count) score<T, 1>(q, d, keys.data() + j, scores + j, stride);
+    for (; j + WIDE <= count; j += WIDE) score<T, WIDE>(q, d, keys.data() + j, scores + j, stride);
+    for (; j < count; ++j) score<T, 1>(q, d, keys.data() + j, scores + j, stride);
     float inverse[HEADS];
     for (int h = 0; h < HEADS; ++h)
         inverse[h] = 1.0f / exponents(scores + h * stride, count, stride, h < heads ? p.sink[first + h] : 0.0f);

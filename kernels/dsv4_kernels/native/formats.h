@@ -42,6 +42,13 @@ DSV4_INLINE void fetch(const uint8_t* from) {
     for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(from + i);
 }
 
+constexpr int64_t AHEAD = 4096;  // bytes between what is multiplied and what is asked for, if not more
+
+// What is asked for while `rows` rows from `row` on are multiplied.
+inline const uint8_t* behind(const Weight& w, int64_t row, int64_t rows) {
+    return w.data + row * w.row_bytes + std::max(rows * w.row_bytes, AHEAD);
+}
+
 // Rows that follow one another in memory, each to a sink of its own; `next` is where reading goes on.
 template <class F, int ROWS, class Sink>
 DSV4_INLINE void visit(const Row (&rows)[ROWS], int64_t cols, Sink (&sinks)[ROWS], const uint8_t* next) {

@@ -38,13 +38,6 @@ extern Grid<4, 3> iq3_xxs_grid;
 // Sizes of the weights of eight blocks whose points' codes lie in the even fours of 64 bytes.
 class IQ2Sizes {
 public:
-#if DSV4_LOOKS_UP_MANY
-    DSV4_INLINE void set(const uint8_t* from) { look_up_evens(iq2_xxs_grid.codes, from, found); }
-    DSV4_INLINE u8x32 of_block(int j) const { return sizes_of_fours(found + 4 * j, iq2_xxs_grid.sizes); }
-
-private:
-    alignas(64) uint16_t found[32];
-#else
     DSV4_INLINE void set(const uint8_t* codes) { from = codes; }
     DSV4_INLINE u8x32 of_block(int j) const {
         const uint8_t* p = from + 8 * j;
@@ -55,7 +48,6 @@ private:
 
 private:
     const uint8_t* from;
-#endif
 };
 
 // The same for codes in 64 bytes in a row.

@@ -2,8 +2,10 @@
 // need no sums across a vector until the very end.
 #include <algorithm>
 #include <functional>
+#include <type_traits>
 #include <vector>
 
+#include "aligned.h"
 #include "api.h"
 #include "floats.h"
 #include "pool.h"
@@ -15,46 +17,67 @@ namespace {
 
 constexpr int64_t PIECE = 64;  // keys that a thread takes at a time when there is one token
 constexpr int WIDE = 4;        // vectors of heads that are held at once
+constexpr int KEYS = REGISTERS >= 32 ? 4 : 2;
 
-// One token's queries, turned over: q [d][heads padded to eights], weights with zeros for the padding.
-struct Query {
-    std::vector<float> q, weights;
-    int64_t d, vectors;
+DSV4_INLINE f32x8 times(f32x8 part, float number, f32x8 onto) { return fma(part, splat(number), onto); }
+#if DSV4_BF16
+DSV4_INLINE f32x8 times(u32x8 part, uint32_t pair, f32x8 onto) { return dot_pairs(part, u32x8{} + pair, onto); }
+#endif
 
-    void turn(const float* from, const float* with, int64_t heads, int64_t width) {
-        d = width;
+// One token's queries, turned over: of each column a number of every head, heads padded to eights. V is f32x8 or, where the
+// processor multiplies two bf16 numbers at once and queries are such numbers (as those rounded to FP4 are), u32x8 of pairs of
+// columns.
+template <class V>
+struct Turned {
+    Aligned<V> q;  // [columns][vectors]
+    Aligned<f32x8> weights;  // zero for the padding
+    int64_t columns, vectors;
+
+    void turn(const float* from, const float* with, int64_t heads, int64_t d) {
+        constexpr int64_t WIDTH = std::is_same_v<V, f32x8> ? 1 : 2;
+        columns = d / WIDTH;
         vectors = (heads + 7) / 8;
-        q.assign(size_t(d * vectors * 8), 0.0f);
-        weights.assign(size_t(vectors * 8), 0.0f);
-        std::copy_n(with, heads, weights.begin());
+        q.assign(size_t(columns * vectors), V{});
+        weights.assign(size_t(vectors), f32x8{});
+        std::memcpy(weights.data(), with, size_t(heads) * sizeof(float));
+        auto* to = reinterpret_cast<std::remove_reference_t<decltype(q[0][0])>*>(q.data());
         for (int64_t h = 0; h < heads; ++h)
-            for (int64_t c = 0; c < d; ++c) q[size_t(c * vectors * 8 + h)] = from[h * d + c];
+            for (int64_t c = 0; c < columns; ++c) to[c * vectors * 8 + h] = number(from + h * d + c * WIDTH, V{});
     }
+
+private:
+    static float number(const float* from, f32x8) { return *from; }
+    static uint32_t number(const float* from, u32x8) { return bits<uint32_t>(from[0]) >> 16 | bits<uint32_t>(from[1]); }
 };
 
-// sum over VECTORS * 8 heads of weight * relu(q . key) for two keys.
-template <int VECTORS>
-DSV4_INLINE void score_heads(const Query& query, int64_t first, const float* a, const float* b, f32x8& for_a, f32x8& for_b) {
-    f32x8 sums_a[VECTORS] = {}, sums_b[VECTORS] = {};
-    const float* q = query.q.data() + 8 * first;
-    for (int64_t c = 0; c < query.d; ++c, q += 8 * query.vectors) {
-        f32x8 from_a = splat(a[c]), from_b = splat(b[c]);
+// sum over VECTORS * 8 heads of weight * relu(q . key) for some keys; `numbers` of theirs, one for each column.
+template <int VECTORS, class V, class N>
+DSV4_INLINE void score_heads(const Turned<V>& query, int64_t first, const N* const (&numbers)[KEYS], f32x8 (&scores)[KEYS]) {
+    f32x8 sums[KEYS][VECTORS] = {};
+    const V* q = query.q.data() + first;
+    for (int64_t c = 0; c < query.columns; ++c, q += query.vectors)
         for (int v = 0; v < VECTORS; ++v) {
-            f32x8 part = load<f32x8>(q + 8 * v);
-            sums_a[v] = fma(part, from_a, sums_a[v]);
-            sums_b[v] = fma(part, from_b, sums_b[v]);
+            V part = kept(q[v]);
+            for (int j = 0; j < KEYS; ++j) sums[j][v] = times(part, load<N>(numbers[j] + c), sums[j][v]);
         }
-    }
-    for (int v = 0; v < VECTORS; ++v) {
-        f32x8 weight = load<f32x8>(query.weights.data() + 8 * (first + v)), zero = {};
-        // Written so that NaN passes.
-        for_a = fma(weight, sums_a[v] < zero ? zero : sums_a[v], for_a);
-        for_b = fma(weight, sums_b[v] < zero ? zero : sums_b[v], for_b);
-    }
+    for (int v = 0; v < VECTORS; ++v)
+        for (int j = 0; j < KEYS; ++j) {
+            f32x8 zero = {}, product = sums[j][v];
+            scores[j] = fma(query.weights[size_t(first + v)], product < zero ? zero : product, scores[j]);  // NaN passes
+        }
+}
+
+template <class V, class N>
+DSV4_INLINE void score_keys(const Turned<V>& query, const N* const (&numbers)[KEYS], float (&scores)[KEYS]) {
+    f32x8 found[KEYS] = {};
+    int64_t v = 0;
+    for (; v + WIDE <= query.vectors; v += WIDE) score_heads<WIDE>(query, v, numbers, found);
+    for (; v < query.vectors; ++v) score_heads<1>(query, v, numbers, found);
+    for (int j = 0; j < KEYS; ++j) scores[j] = sum(found[j]);
 }
 
 template <class T>
-const float* widened(const uint8_t* key, int64_t d, std::vector<float>& to) {
+const float* widened(const uint8_t* key, int64_t d, Aligned<float>& to) {
     to.resize(size_t(d));
     int64_t c = 0;
     for (; c + 8 <= d; c += 8) store(to.data() + c, T::eight(key + c * T::BYTES));
@@ -62,22 +85,61 @@ const float* widened(const uint8_t* key, int64_t d, std::vector<float>& to) {
     return to.data();
 }
 
-// Scores of keys begin .. end.
+// One token's queries and the scores of keys with them.
 template <class T>
-void score(const Query& query, const uint8_t* keys, int64_t begin, int64_t end, float* scores) {
-    thread_local std::vector<float> first, second;
-    for (int64_t n = begin; n < end; n += 2) {
-        int64_t width = query.d * T::BYTES, other = std::min(n + 1, end - 1);
-        const float* a = widened<T>(keys + n * width, query.d, first);
-        const float* b = widened<T>(keys + other * width, query.d, second);
-        f32x8 for_a = {}, for_b = {};
-        int64_t v = 0;
-        for (; v + WIDE <= query.vectors; v += WIDE) score_heads<WIDE>(query, v, a, b, for_a, for_b);
-        for (; v < query.vectors; ++v) score_heads<1>(query, v, a, b, for_a, for_b);
-        scores[n] = sum(for_a);
-        scores[other] = other == n ? scores[n] : sum(for_b);
+class Query {
+public:
+    void turn(const float* q, const float* weights, int64_t heads, int64_t width) {
+        d = width;
+        pairs = pairable(q, heads * d);
+#if DSV4_BF16
+        if (pairs) return of_pairs.turn(q, weights, heads, d);
+#endif
+        of_floats.turn(q, weights, heads, d);
     }
-}
+
+    void score(const uint8_t* keys, int64_t begin, int64_t end, float* scores) const {
+        thread_local Aligned<float> wide[KEYS];
+        for (int64_t n = begin; n < end; n += KEYS) {
+            const uint8_t* key[KEYS];
+            float found[KEYS];
+            for (int j = 0; j < KEYS; ++j) key[j] = keys + std::min(n + j, end - 1) * d * T::BYTES;
+            if (pairs) {
+#if DSV4_BF16
+                const uint32_t* numbers[KEYS];
+                for (int j = 0; j < KEYS; ++j) numbers[j] = reinterpret_cast<const uint32_t*>(key[j]);
+                score_keys(of_pairs, numbers, found);
+#endif
+            } else {
+                const float* numbers[KEYS];
+                for (int j = 0; j < KEYS; ++j) numbers[j] = widened<T>(key[j], d, wide[j]);
+                score_keys(of_floats, numbers, found);
+            }
+            std::copy_n(found, std::min<int64_t>(KEYS, end - n), scores + n);
+        }
+    }
+
+private:
+    // Whether nothing is lost in bf16.
+    bool pairable(const float* q, int64_t count) const {
+#if DSV4_BF16
+        if (!std::is_same_v<T, BF16Format> || d % 2) return false;
+        uint32_t lost = 0;
+        for (int64_t i = 0; i < count; ++i) lost |= bits<uint32_t>(q[i]) & 0xffff;
+        return lost == 0;
+#else
+        (void)q, (void)count;
+        return false;
+#endif
+    }
+
+    int64_t d = 0;
+    bool pairs = false;
+    Turned<f32x8> of_floats;
+#if DSV4_BF16
+    Turned<u32x8> of_pairs;
+#endif
+};
 
 // The numbers of the k greatest of n scores, ties to the first; -1 in the places that are left over.
 void choose(const float* scores, int64_t n, int64_t k, int64_t slots, int64_t* chosen) {
@@ -107,17 +169,17 @@ void top_indices(const float* q, const float* weights, int64_t t, int64_t heads,
     };
     if (t == 1) {
         if (sees(0) <= slots) return all(0);
-        thread_local Query query;
+        thread_local Query<T> query;
         thread_local std::vector<float> scores;
         query.turn(q, weights, heads, d);
         scores.resize(std::max(scores.size(), size_t(n)));
-        const Query& shared = query;
+        const Query<T>& shared = query;
         float* to = scores.data();
-        parallel(sees(0), PIECE, [&](int64_t begin, int64_t end) { score<T>(shared, keys, begin, end, to); });
+        parallel(sees(0), PIECE, [&](int64_t begin, int64_t end) { shared.score(keys, begin, end, to); });
         return choose(to, sees(0), slots, slots, chosen);
     }
     parallel(t, 1, [&](int64_t begin, int64_t end) {
-        thread_local Query query;
+        thread_local Query<T> query;
         thread_local std::vector<float> scores;
         scores.resize(std::max(scores.size(), size_t(n)));
         for (int64_t i = begin; i < end; ++i) {
@@ -126,7 +188,7 @@ void top_indices(const float* q, const float* weights, int64_t t, int64_t heads,
                 continue;
             }
             query.turn(q + i * heads * d, weights + i * heads, heads, d);
-            score<T>(query, keys, 0, sees(i), scores.data());
+            query.score(keys, 0, sees(i), scores.data());
             choose(scores.data(), sees(i), slots, slots, chosen + i * slots);
         }
     });

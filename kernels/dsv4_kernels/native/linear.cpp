@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "api.h"
-#include "formats.h"
+#include "planes.h"
 #include "pool.h"
 #include "queue.h"
 
@@ -76,6 +76,9 @@ void linears(const float* x, int64_t tokens, const Matrices& matrices, float* y)
 // The look-up tables of the IQ formats: 256 points of eight and of four bytes.
 DSV4_API void dsv4_set_grids(const uint8_t* iq2_xxs, const uint8_t* iq3_xxs) {
     iq2_xxs_grid.set(iq2_xxs);
+#if DSV4_LOOKS_UP_MANY
+    set_planes(iq2_xxs_grid);
+#endif
     iq3_xxs_grid.set(iq3_xxs);
 }
 

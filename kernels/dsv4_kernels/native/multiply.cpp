@@ -5,8 +5,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "aligned.h"
 #include "floats.h"
 #include "formats.h"
+#include "planes.h"
 #include "pool.h"
 
 namespace dsv4 {
@@ -19,16 +21,10 @@ namespace {
 constexpr int TILE = 4;        // rows that are unpacked together
 constexpr int TOGETHER = REGISTERS >= 32 && ANY_BYTES ? 4 : 2;  // tokens that meet a tile at once: their sums stay in registers
 constexpr int64_t FEW = 3;     // tokens up to which unpacking again is cheaper
-constexpr int64_t AHEAD = 4096;  // bytes between what is multiplied and what is asked for, if not more
 
 Row row_of(const Weight& w, int64_t row) {
     const uint8_t* scales = w.scales ? w.scales + row * w.scale_cols * (w.float_scales ? 4 : 1) : nullptr;
     return {w.data + row * w.row_bytes, scales, w.float_scales != 0};
-}
-
-// What is asked for while `rows` rows from `row` on are multiplied.
-const uint8_t* behind(const Weight& w, int64_t row, int64_t rows) {
-    return w.data + row * w.row_bytes + std::max(rows * w.row_bytes, AHEAD);
 }
 
 // Scales of weights, as a sink that keeps rows of weights wants them.
@@ -128,10 +124,9 @@ struct Tile {
 
     explicit Tile(int64_t cols) : cols(cols), blocks(cols / 32), groups(F::LOW ? cols / F::LOW / 8 : 0) {
         padded = (blocks + 7) / 8 * 8;
-        size_t bytes = size_t(TILE * (2 * cols + padded * sizeof(Scale) + groups * sizeof(f32x8) + TOGETHER * padded * 4)) + 64;
+        size_t bytes = size_t(TILE * (2 * cols + padded * sizeof(Scale) + groups * sizeof(f32x8) + TOGETHER * padded * 4));
         if (memory.size() < bytes) memory.resize(bytes);
-        char* start = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
-        lows = reinterpret_cast<f32x8*>(start);
+        lows = reinterpret_cast<f32x8*>(memory.data());
         scales = reinterpret_cast<Scale*>(lows + TILE * groups);
         factors = reinterpret_cast<float*>(scales + TILE * padded);
         w = reinterpret_cast<int8_t*>(factors + TILE * TOGETHER * padded);
@@ -200,7 +195,7 @@ private:
         return sum(total);
     }
 
-    static thread_local std::vector<char> memory;
+    static thread_local Aligned<char> memory;
     int64_t cols, blocks, groups, padded;
     int8_t* w;
     uint8_t* sizes;
@@ -210,7 +205,7 @@ private:
 };
 
 template <class F>
-thread_local std::vector<char> Tile<F>::memory;
+thread_local Aligned<char> Tile<F>::memory;
 
 // All unpacked rows of a tile with TOKENS tokens, from picked[i] on.
 template <class F, int TOKENS>
@@ -382,12 +377,18 @@ struct Kind {
     Multiply *usual, *exact;
 };
 
-constexpr Wants AS_THEY_ARE = {false, false, false};
+constexpr Wants AS_THEY_ARE = {false, Order::PLAIN, false};
 
 template <class F>
 constexpr Kind bytes() {
-    return {{true, F::SPLIT, F::LOW != 0}, multiply_bytes<F>, multiply_exactly<F>};
+    return {{true, F::SPLIT ? Order::SPLIT : Order::PLAIN, F::LOW != 0}, multiply_bytes<F>, multiply_exactly<F>};
 }
+
+#if DSV4_LOOKS_UP_MANY
+constexpr Kind IQ2_XXS_KIND = {{true, Order::PLANES, false}, multiply_planes, multiply_exactly<IQ2_XXSFormat>};
+#else
+constexpr Kind IQ2_XXS_KIND = bytes<IQ2_XXSFormat>();
+#endif
 
 template <class F>
 constexpr Kind floats() {
@@ -397,7 +398,7 @@ constexpr Kind floats() {
 const Kind kinds[FORMATS] = {  // in the order of enum Format
     floats<F32Format>(), floats<F16Format>(), floats<BF16Format>(), floats<FP8Format>(), bytes<Q8_0Format>(),
     bytes<MXFP4Format>(), bytes<FP4Format>(), bytes<Q2_KFormat>(), bytes<Q3_KFormat>(), bytes<Q4_KFormat>(),
-    bytes<Q5_KFormat>(), bytes<Q6_KFormat>(), bytes<IQ2_XXSFormat>(), bytes<IQ3_XXSFormat>()};
+    bytes<Q5_KFormat>(), bytes<Q6_KFormat>(), IQ2_XXS_KIND, bytes<IQ3_XXSFormat>()};
 
 }  // namespace
 

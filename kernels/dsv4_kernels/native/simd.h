@@ -13,6 +13,9 @@
 #if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
 #define DSV4_VNNI 1
 #endif
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#define DSV4_BF16 1
+#endif
 #elif !defined(DSV4_PORTABLE) && defined(__ARM_NEON) && defined(__aarch64__)
 #define DSV4_NEON 1
 #include <arm_neon.h>
@@ -87,6 +90,17 @@ DSV4_INLINE void store_apart(T* to, V v) {
     __asm__ volatile("" : "+m"(*reinterpret_cast<V*>(to)));
 }
 
+// Keeps v in a register: the compiler likes to load it again for each of its uses, of which there are more than loads to spare.
+template <class V>
+DSV4_INLINE V kept(V v) {
+#if defined(__AVX512VL__) && DSV4_AVX2
+    __asm__("" : "+v"(v));
+#elif DSV4_AVX2
+    __asm__("" : "+x"(v));
+#endif
+    return v;
+}
+
 template <class To, class From>
 DSV4_INLINE To bits(From v) {
     static_assert(sizeof(To) == sizeof(From), "same size");
@@ -105,9 +119,24 @@ DSV4_INLINE f32x8 fma(f32x8 a, f32x8 b, f32x8 c) {
 #endif
 }
 
+#if DSV4_BF16
+// a . b of two bf16 numbers in each lane, added to `onto`.
+DSV4_INLINE f32x8 dot_pairs(u32x8 a, u32x8 b, f32x8 onto) {
+    return f32x8(_mm256_dpbf16_ps(__m256(onto), __m256bh(a), __m256bh(b)));
+}
+#endif
+
 DSV4_INLINE float sum(f32x8 v) {
     f32x4 four = f32x4{v[0], v[1], v[2], v[3]} + f32x4{v[4], v[5], v[6], v[7]};
     return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+// The sums of four vectors, as `sum` adds; together they take half the instructions.
+DSV4_INLINE f32x4 sums(const f32x8 (&v)[4]) {
+    auto halves = [](f32x8 x) { return f32x4{x[0], x[1], x[2], x[3]} + f32x4{x[4], x[5], x[6], x[7]}; };
+    auto pairs = [](f32x4 a, f32x4 b) { return f32x4{a[0], a[1], b[0], b[1]} + f32x4{a[2], a[3], b[2], b[3]}; };
+    f32x4 first = pairs(halves(v[0]), halves(v[1])), second = pairs(halves(v[2]), halves(v[3]));
+    return f32x4{first[0], first[2], second[0], second[2]} + f32x4{first[1], first[3], second[1], second[3]};
 }
 
 DSV4_INLINE f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8); }
@@ -383,18 +412,6 @@ DSV4_INLINE __m512i look_up_64(const uint8_t* table, __m512i index, __mmask64 up
     return _mm512_mask_blend_epi8(upper, from_low, from_high);
 }
 
-// The codes of 32 bytes, four of which lie in each even four bytes of 64.
-DSV4_INLINE void look_up_evens(const Codes& codes, const uint8_t* from, uint16_t* to) {
-    // Picking leaves the bytes of blocks 0 1 4 5 in the lower half and 2 3 6 7 in the upper, as interleaving wants them.
-    __m256i picked = __m256i(_mm256_shuffle_ps(load<__m256>(from), load<__m256>(from + 32), 0x88));
-    __m512i index = _mm512_zextsi256_si512(picked);
-    __mmask64 upper = _mm512_movepi8_mask(index);
-    __m256i low = _mm512_castsi512_si256(look_up_64(codes.low, index, upper));
-    __m256i high = _mm512_castsi512_si256(look_up_64(codes.high, index, upper));
-    store_apart(to, _mm256_unpacklo_epi8(low, high));
-    store_apart(to + 16, _mm256_unpackhi_epi8(low, high));
-}
-
 // The codes of 64 bytes in a row.
 DSV4_INLINE void look_up_row(const Codes& codes, const uint8_t* from, uint16_t* to) {
     __m512i order = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
@@ -405,14 +422,7 @@ DSV4_INLINE void look_up_row(const Codes& codes, const uint8_t* from, uint16_t* 
     store_apart(to + 32, _mm512_maskz_unpackhi_epi8(~0ull, low, high));
 }
 
-// 32 bytes of `sizes`, chosen by two bits each of four codes; bits above are passed over, since sizes repeat.
-DSV4_INLINE u8x32 sizes_of_fours(const uint16_t* codes, const uint8_t* sizes) {
-    const __m256i places = _mm256_set_epi64x(0x3e3c3a3836343230, 0x2e2c2a2826242220, 0x1e1c1a1816141210, 0x0e0c0a0806040200);
-    __m256i spread = _mm256_maskz_multishift_epi64_epi8(~0u, places, _mm256_set1_epi64x(load<int64_t>(codes)));
-    return u8x32(_mm256_maskz_permutexvar_epi8(~0u, spread, load<__m256i>(sizes)));
-}
-
-// The same by three bits each of eight codes.
+// 32 bytes of `sizes`, chosen by three bits each of eight codes; bits above are passed over, since sizes repeat.
 DSV4_INLINE u8x32 sizes_of_eights(const uint16_t* codes, const uint8_t* sizes) {
     const __m256i places = _mm256_set1_epi64x(0x1916131009060300);
     __m256i spread = _mm256_maskz_multishift_epi64_epi8(~0u, places, _mm256_cvtepu32_epi64(load<__m128i>(codes)));

@@ -27,6 +27,7 @@ struct Activations {
     const float* d;     // [rows, cols / 32]
     const float* sum16;  // [rows, cols / 16]: sums of 16 rounded values, for formats with a minimum
     const float* sum32;  // [rows, cols / 32]
+    const int32_t* offsets;  // [rows, cols / 32]: -128 times the sum of 32 rounded values, for those in planes
 };
 
 // Which of these rows a product takes, in order: first, first + stride, ..., or those of a list.
@@ -38,14 +39,18 @@ struct Picked {
     int64_t operator[](int64_t i) const { return list ? list[i] : first + i * stride; }
 };
 
+// How rounded activations follow one another: as they come; of each 32 the even ones first; or of each 256 every eighth, eight
+// times over (see planes.cpp).
+enum class Order : uint8_t { PLAIN, SPLIT, PLANES };
+
 // What a weight wants of the activations.
 struct Wants {
     bool bytes;  // rounded to bytes; else float32 only
-    bool split;  // the even values of each 32 first
+    Order order;
     bool sums;
 };
 
-inline bool same(Wants a, Wants b) { return a.bytes == b.bytes && a.split == b.split && a.sums == b.sums; }
+inline bool same(Wants a, Wants b) { return a.bytes == b.bytes && a.order == b.order && a.sums == b.sums; }
 
 Wants wants(const Weight& weight);
 

@@ -1,0 +1,251 @@
+// Products with IQ2_XXS where the processor looks 64 bytes up at once.
+//
+// A code of eight bits stands for a point of eight weights, a block of 32 weights is four points. Here a vector is not a block
+// but a plane: one weight of each of 32 points, that is of eight blocks, so that four bytes in a row are of one block. Summed as
+// whole numbers over the eight planes, lane i of a product is block i, and scales are met once for eight blocks instead of eight
+// times. Looking up gives planes by themselves: two bits for the size of each weight, in two bytes a point, from which sizes
+// with their signs follow by a second look. Two rows share a register of 64 bytes.
+//
+// Activations lie in the order of planes. Weights are kept as 128 more than they are, since one side of a product of bytes has
+// no sign; `offsets` make up for that.
+#include "planes.h"
+
+#if DSV4_LOOKS_UP_MANY
+
+#include <algorithm>
+
+#include "aligned.h"
+#include "formats.h"
+
+namespace dsv4 {
+namespace {
+
+typedef uint8_t u8x64 __attribute__((vector_size(64)));
+typedef uint16_t u16x32 __attribute__((vector_size(64)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef float f32x16 __attribute__((vector_size(64)));
+
+constexpr int64_t BYTES = 66, UNIT = 256, COUNT = 8;  // of a row: bytes that are so many weights, in so many planes
+constexpr int PAIR = 2, TILE = 4, TOGETHER = 4;       // rows in a register; rows and tokens that meet at once
+constexpr int64_t FEW = 3;                            // tokens up to which looking up again is cheaper
+
+struct Tables {
+    alignas(64) uint8_t low[256], high[256];  // of each point: two bits for the size of each of its weights
+    alignas(64) uint8_t signs[128];           // of seven bits: eight, of which an even number is set
+    alignas(64) uint8_t even[64], odd[64];    // weights: sizes of bits 0-1 and sign of bit 4; of bits 2-3 and bit 5
+    alignas(64) float scales[16];
+};
+
+Tables tables;
+
+DSV4_INLINE u8x64 look_up(u8x64 table, u8x64 index) { return u8x64(_mm512_permutexvar_epi8(__m512i(index), __m512i(table))); }
+
+DSV4_INLINE u8x64 look_up_128(const uint8_t* table, u8x64 index) {
+    return u8x64(_mm512_permutex2var_epi8(load<__m512i>(table), __m512i(index), load<__m512i>(table + 64)));
+}
+
+DSV4_INLINE u8x64 look_up_256(const uint8_t* table, u8x64 index, __mmask64 upper) {
+    return u8x64(_mm512_mask_blend_epi8(upper, __m512i(look_up_128(table, index)), __m512i(look_up_128(table + 128, index))));
+}
+
+// `from` where a bit of 0x30 is set, else `other`.
+DSV4_INLINE u8x64 with_signs(u8x64 from, u8x64 other) {
+    return u8x64(_mm512_ternarylogic_epi64(_mm512_set1_epi8(0x30), __m512i(from), __m512i(other), 0xca));
+}
+
+DSV4_INLINE u8x64 up(u8x64 v, int count) { return bits<u8x64>(bits<u16x32>(v) << count); }
+DSV4_INLINE u8x64 down(u8x64 v, int count) { return bits<u8x64>(bits<u16x32>(v) >> count); }
+
+// Eight blocks of two rows, looked up once.
+struct Eight {
+    u8x64 low, high;  // of each point: sizes of its weights 0 to 3 and 4 to 7
+    u8x64 signs;      // of its weights, a bit each
+    f32x16 scales;    // of each block
+
+    // A block is four codes and a word: four times seven bits of sign, and four of the scale.
+    DSV4_INLINE Eight(const uint8_t* first, const uint8_t* second) {
+        constexpr i32x16 EVEN = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+        const __m512i SEVENS = _mm512_set1_epi64(0x352e2720150e0700), HALVES = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+        __m512i a = load<__m512i>(first + 2), b = load<__m512i>(second + 2);
+        u8x64 codes = u8x64(_mm512_permutex2var_epi32(a, __m512i(EVEN), b));
+        u32x16 words = u32x16(_mm512_permutex2var_epi32(a, __m512i(EVEN + 1), b));
+        __mmask64 upper = _mm512_movepi8_mask(__m512i(codes));
+        low = look_up_256(tables.low, codes, upper);
+        high = look_up_256(tables.high, codes, upper);
+        signs = look_up_128(tables.signs, u8x64(_mm512_multishift_epi64_epi8(SEVENS, __m512i(words))));
+        __m128i d = _mm_insert_epi16(_mm_cvtsi32_si128(load<uint16_t>(first)), load<uint16_t>(second), 1);
+        f32x16 each = f32x16(_mm512_permutexvar_ps(HALVES, _mm512_castps128_ps512(_mm_cvtph_ps(d))));
+        scales = f32x16(_mm512_permutexvar_ps(__m512i(words >> 28), load<__m512>(tables.scales))) * each;
+    }
+
+    // body(p, bytes) for the planes in turn, those of the first row in the lower half.
+    template <class Body>
+    DSV4_INLINE void planes(Body&& body) const {
+        u8x64 even = load<u8x64>(tables.even), odd = load<u8x64>(tables.odd);
+        auto both = [&](int p, u8x64 index) {
+            body(p, look_up(even, index));
+            body(p + 1, look_up(odd, index));
+        };
+        both(0, with_signs(up(signs, 4), low));
+        both(2, with_signs(up(signs, 2), down(low, 4)));
+        both(4, with_signs(signs, high));
+        both(6, with_signs(down(signs, 2), down(high, 4)));
+    }
+};
+
+// One token's row.
+struct Token {
+    const int8_t* q;
+    const float* d;
+    const int32_t* offsets;
+
+    Token() = default;
+    Token(const Activations& x, int64_t row)
+        : q(x.q + row * x.cols), d(x.d + row * (x.cols / 32)), offsets(x.offsets + row * (x.cols / 32)) {}
+};
+
+template <class Half, class V>
+DSV4_INLINE Half half(V v, int which) {
+    return Half(which ? _mm512_extracti64x4_epi64(__m512i(v), 1) : _mm512_castsi512_si256(__m512i(v)));
+}
+
+template <class V>
+DSV4_INLINE V twice_of(const void* from) {
+    return V(_mm512_broadcast_i64x4(load<__m256i>(from)));
+}
+
+DSV4_INLINE i32x16 dot_unsigned(u8x64 w, u8x64 a, i32x16 onto) {
+    return i32x16(_mm512_dpbusd_epi32(__m512i(onto), __m512i(w), __m512i(a)));
+}
+
+// Two rows with one token.
+DSV4_INLINE void dots(const uint8_t* first, const uint8_t* second, int64_t units, const Token& a, const uint8_t* next, float* y) {
+    f32x16 total = {};
+    Eight ahead(first, second);
+    for (int64_t s = 0; s < units; ++s) {
+        // Looking up is a long way, which the processor goes for the next eight blocks while it multiplies these.
+        Eight now = ahead;
+        int64_t after = BYTES * std::min(s + 1, units - 1);
+        fetch<PAIR * BYTES>(next + PAIR * BYTES * s);
+        ahead = Eight(first + after, second + after);
+        i32x16 sums[2] = {twice_of<i32x16>(a.offsets + COUNT * s)};
+        now.planes([&](int p, u8x64 w) {
+            sums[p & 1] = dot_unsigned(w, twice_of<u8x64>(a.q + UNIT * s + 32 * p), sums[p & 1]);
+        });
+        f32x16 factors = now.scales * twice_of<f32x16>(a.d + COUNT * s);
+        total = f32x16(_mm512_fmadd_ps(_mm512_cvtepi32_ps(__m512i(sums[0] + sums[1])), __m512(factors), __m512(total)));
+    }
+    for (int r = 0; r < PAIR; ++r) y[r] = sum(half<f32x8>(total, r));
+}
+
+// Four rows as bytes, met with several tokens at a time.
+class Tile {
+public:
+    explicit Tile(int64_t cols) : cols(cols), blocks(cols / 32) {
+        size_t bytes = size_t(TILE * cols) + size_t(TILE * blocks) * sizeof(float);
+        if (memory.size() < bytes) memory.resize(bytes);
+        w = reinterpret_cast<uint8_t*>(memory.data());
+        scales = reinterpret_cast<float*>(w + TILE * cols);
+    }
+
+    // Rows first and second become rows r and r + 1 of the tile.
+    void unpack(const uint8_t* first, const uint8_t* second, int r, const uint8_t* next) {
+        uint8_t *w0 = w + r * cols, *w1 = w0 + cols;
+        float *scales0 = scales + r * blocks, *scales1 = scales0 + blocks;
+        for (int64_t s = 0; s < cols / UNIT; ++s) {
+            Eight eight(first + BYTES * s, second + BYTES * s);
+            fetch<PAIR * BYTES>(next + PAIR * BYTES * s);
+            eight.planes([&](int p, u8x64 bytes) {
+                store(w0 + UNIT * s + 32 * p, half<u8x32>(bytes, 0));
+                store(w1 + UNIT * s + 32 * p, half<u8x32>(bytes, 1));
+            });
+            store(scales0 + COUNT * s, half<f32x8>(eight.scales, 0));
+            store(scales1 + COUNT * s, half<f32x8>(eight.scales, 1));
+        }
+    }
+
+    template <int TOKENS>
+    DSV4_INLINE void multiply(const Token (&a)[TOKENS], float (&y)[TOKENS][TILE]) const {
+        f32x8 totals[TOKENS][TILE] = {};
+        for (int64_t s = 0; s < cols / UNIT; ++s) {
+            i32x8 sums[TOKENS][TILE];
+            for (int t = 0; t < TOKENS; ++t)
+                for (int r = 0; r < TILE; ++r) sums[t][r] = load<i32x8>(a[t].offsets + COUNT * s);
+            for (int p = 0; p < COUNT; ++p) {
+                i8x32 q[TOKENS];
+                for (int t = 0; t < TOKENS; ++t) q[t] = kept(load<i8x32>(a[t].q + UNIT * s + 32 * p));
+                for (int r = 0; r < TILE; ++r) {
+                    u8x32 plane = kept(load<u8x32>(w + r * cols + UNIT * s + 32 * p));
+                    for (int t = 0; t < TOKENS; ++t) sums[t][r] = dsv4::dot_unsigned(plane, q[t], sums[t][r]);
+                }
+            }
+            for (int t = 0; t < TOKENS; ++t)
+                for (int r = 0; r < TILE; ++r) {
+                    f32x8 factors = load<f32x8>(scales + r * blocks + COUNT * s) * load<f32x8>(a[t].d + COUNT * s);
+                    totals[t][r] = fma(to_float(sums[t][r]), factors, totals[t][r]);
+                }
+        }
+        for (int t = 0; t < TOKENS; ++t)
+            for (int r = 0; r < TILE; ++r) y[t][r] = sum(totals[t][r]);
+    }
+
+private:
+    static thread_local Aligned<char> memory;
+    int64_t cols, blocks;
+    uint8_t* w;     // [TILE, cols], in the order of planes
+    float* scales;  // [TILE, blocks]
+};
+
+thread_local Aligned<char> Tile::memory;
+
+template <int TOKENS>
+void meet(const Tile& tile, int rows, const Activations& x, const Picked& picked, int64_t i, float* y, int64_t y_stride) {
+    Token a[TOKENS];
+    float found[TOKENS][TILE];
+    for (int t = 0; t < TOKENS; ++t) a[t] = Token(x, picked[i + t]);
+    tile.multiply<TOKENS>(a, found);
+    for (int t = 0; t < TOKENS; ++t) std::copy(found[t], found[t] + rows, y + (i + t) * y_stride);
+}
+
+}  // namespace
+
+void set_planes(const Grid<8, 2>& grid) {
+    std::copy_n(grid.codes.low, 256, tables.low);
+    std::copy_n(grid.codes.high, 256, tables.high);
+    for (int i = 0; i < 128; ++i) tables.signs[i] = uint8_t(i | (__builtin_popcount(unsigned(i)) & 1) << 7);
+    for (int i = 0; i < 64; ++i) {
+        int even = grid.sizes[i & 3], odd = grid.sizes[i >> 2 & 3];
+        tables.even[i] = uint8_t(128 + (i & 16 ? -even : even));
+        tables.odd[i] = uint8_t(128 + (i & 32 ? -odd : odd));
+    }
+    for (int i = 0; i < 16; ++i) tables.scales[i] = 0.125f * float(2 * i + 1);
+}
+
+void multiply_planes(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
+                     int64_t y_stride) {
+    auto row = [&](int64_t i) { return weight.data + std::min(i, end - 1) * weight.row_bytes; };  // an odd one meets itself
+    int64_t units = weight.cols / UNIT;
+    if (picked.count <= FEW) {
+        for (int64_t r = begin; r < end; r += PAIR)
+            for (int64_t i = 0; i < picked.count; ++i) {
+                float found[PAIR];
+                dots(row(r), row(r + 1), units, Token(x, picked[i]), behind(weight, r, PAIR), found);
+                std::copy_n(found, std::min<int64_t>(PAIR, end - r), y + i * y_stride + r - begin);
+            }
+        return;
+    }
+    Tile tile(weight.cols);
+    for (int64_t first = begin; first < end; first += TILE) {
+        int rows = int(std::min<int64_t>(TILE, end - first));
+        for (int r = 0; r < TILE; r += PAIR) tile.unpack(row(first + r), row(first + r + 1), r, behind(weight, first + r, PAIR));
+        float* to = y + first - begin;
+        int64_t i = 0;
+        for (; i + TOGETHER <= picked.count; i += TOGETHER) meet<TOGETHER>(tile, rows, x, picked, i, to, y_stride);
+        for (; i < picked.count; ++i) meet<1>(tile, rows, x, picked, i, to, y_stride);
+    }
+}
+
+}  // namespace dsv4
+
+#endif
