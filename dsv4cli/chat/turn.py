@@ -98,12 +98,12 @@ def answer(engine: Engine, messages: Sequence[dict[str, Any]], settings: Setting
 
 
 def rates(token: Token) -> str:
-    """One line on how fast it went: 'prompt 45 tokens (30 cached), 120.0 tok/s · answer 57 tokens, 33.1 tok/s'; and on a card
-    why it could not be faster, where its tokens are no graphs."""
+    """One line on how fast it went: 'prompt 45 tokens (30 cached), 120.0 tok/s · answer 57 tokens, 33.1 tok/s'; and why it
+    could not be faster, where decoded tokens are described one by one."""
     cached = f" ({token.cached_tokens} cached)" if token.cached_tokens else ""
     speed = f", {token.prompt_tok_s:.1f} tok/s" if token.cached_tokens < token.prompt_tokens else ""
     prompt, count = tokens(token.prompt_tokens), tokens(token.index + 1)
-    slow = f" · decoded tokens are not replayed as a graph: {token.unrecorded}" if token.unrecorded else ""
+    slow = f" · decoded tokens are not replayed: {token.unrecorded}" if token.unrecorded else ""
     return f"prompt {prompt}{cached}{speed} · answer {count}, {token.decode_tok_s:.1f} tok/s{slow}"
 
 

@@ -24,7 +24,7 @@ class Token:
     memory_bytes    weights plus state, in bytes; rss_bytes is the process's resident memory (0 where unknown)
     tool_calls      complete on the final record: [{"id", "type": "function", "function": {"name", "arguments"}}]
     finish          None until the final record
-    unrecorded      on a card, why the launches of decoded tokens are described one by one and not replayed as a graph; else None
+    unrecorded      why decoded tokens are described one by one and not replayed; None where they are
     """
 
     id: int | None

@@ -56,8 +56,7 @@ class Session:
 
     @property
     def unrecorded(self) -> str | None:
-        """On a card, why the launches of decoded tokens are described one by one; None where they are recorded, where none was
-        decoded yet, and on the CPU, where nothing would be."""
+        """Why decoded tokens are described one by one; None where they are replayed, and where none was decoded yet."""
         recording = self._state.recording
         return None if recording is None else recording.trouble
 

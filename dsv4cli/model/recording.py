@@ -1,10 +1,11 @@
 """The launches of a decoded token, recorded once for each kind of token and replayed for all others of that kind.
 
-On a card a token is hundreds of small launches, and describing them takes the host longer than computing them takes the card.
-Of what changes from token to token, its id and its position, kernels read both from memory (Step.live), so a recorded run is
-right for any token that completes the same groups and chooses or does not: a few kinds. The first token of a kind is computed
-as it is described, which also compiles its kernels; the second one is recorded. A recording belongs to one state, whose memory
-it knows by its addresses, and is dropped when that moves.
+On a card a token is hundreds of small launches, and describing them takes the host longer than computing them takes the card. On
+the CPU it is as many calls of kernels, and a thread that describes them does not compute meanwhile. Of what changes from token
+to token, its id and its position, kernels read both from memory (Step.live), so a recorded run is right for any token that
+completes the same groups and chooses or does not: a few kinds. The first token of a kind is computed as it is described, which
+also compiles its kernels; the second one is recorded. A recording belongs to one state, whose memory it knows by its addresses,
+and is dropped when that moves.
 
 Where the host has to act in the middle of a token, the run consists of pieces, between which it does so each time. A piece
 belongs to one card.
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from dsv4_kernels import backends
 
 Act = Callable[[], None]
 
@@ -89,7 +92,9 @@ Record = Callable[[], Piece]
 
 
 def recorder(device: torch.device) -> Record | None:
-    """What makes pieces for this device; None where nothing is recorded."""
+    """What makes pieces for this device: graphs, or tapes of the CPU's kernels; None where nothing is recorded."""
+    if backends.on_tape(device.type):
+        return backends.tapes()
     if device.type != "cuda":
         return None
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
@@ -133,6 +138,7 @@ class Recording:
         self.layout = layout
         self._device, self._records, self._of = device, records, dict[torch.device, Record | None]()
         self._ids, self._position = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        self._arrival: Tensor | None = None
         self._met: set[Hashable] = set()
         self._runs: dict[Hashable, Run] = {}
         if self._record(device) is None:
@@ -149,6 +155,12 @@ class Recording:
             return self._runs[kind].replay()
         self._met.add(kind)
         return compute(self._ids, self._position, at_once)
+
+    def arrived(self, given: Tensor) -> Tensor:
+        """The numbers of `given`, which the host computes, where all runs find them; always of one shape."""
+        if self._arrival is None:
+            self._arrival = torch.empty_like(given)
+        return self._arrival.copy_(given)
 
     def _recorded(self, kind: Hashable, compute: Compute) -> bool:
         """Records a run, without computing it or doing the host's part; where that fails, says why and never tries again."""

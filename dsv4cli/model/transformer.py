@@ -38,8 +38,9 @@ class Model:
 
     def __init__(self, weights: ModelWeights, config: ModelConfig, numerics: Numerics, files: MappedFiles | None = None, *,
                  records: bool = True, tiers: TieredExperts | None = None) -> None:
-        """files: those that weights are mapped from, if any are. records: whether decoded tokens may be CUDA graphs. tiers: of
-        routed experts that lie in several places; then the host has its part in each layer that is not whole on its card."""
+        """files: those that weights are mapped from, if any are. records: whether decoded tokens may be CUDA graphs or tapes.
+        tiers: of routed experts that lie in several places; then the host has its part in each layer that is not whole on its
+        card."""
         self.weights = weights
         self.tiers = tiers
         self.config = config
@@ -65,7 +66,7 @@ class Model:
         """Binds the trunk's weights; packed ones stay views of the source's files, or are copied to `device` as stored.
 
         numerics: "plain" or "official". expand_limit: bytes of float32 weights up to which the model is decoded once.
-        records: whether on a card the launches of decoded tokens are recorded and replayed; without, each is described anew.
+        records: whether the launches of decoded tokens are recorded and replayed; without, each is described anew.
         rooms: where these are given, they have all layers between them; routed experts that are not expanded stay in the files,
         and as many as there are slots for are copied there, beside the layers' other weights. wanted: which, the dearest first.
         Raises CorruptFile for a missing tensor, a wrong shape or a file that changes meanwhile, UsageError for unknown numerics.
@@ -121,7 +122,7 @@ class Model:
             if len(piece) == 1 and backends.asks_ahead():
                 for block in self.blocks:
                     block.moe.ask_for(int(piece))
-            if len(piece) == 1 and backends.repeatable(piece.device.type):
+            if len(piece) == 1 and self._repeats(piece.device.type):
                 rows = self._repeated(piece, state, wanted)
                 state.moved(state.position + 1)
             else:
@@ -135,19 +136,29 @@ class Model:
             if wanted:
                 yield rows
 
+    def _repeats(self, device: str) -> bool:
+        """Whether a single token may be computed as an earlier one was. Where the CPU computes all of it, there is no host that
+        would have a part of its own."""
+        return backends.repeatable(device) and (self.tiers is None or not backends.on_tape(device))
+
     def _repeated(self, ids: Tensor, state: State, wanted: int) -> Tensor:
         """Logits of a single token, whose launches may be those of an earlier one."""
         position = state.position
         full = tuple(ratio for ratio in self._ratios if (position + 1) % ratio == 0)
         chooses = self._indexer is not None and self._indexer.chooses(position + 1)
 
-        def compute(ids: Tensor, live: Tensor, by_host: ByHost) -> Tensor:
-            step = Step.at(ids, position, self.ropes[ids.device], live, by_host)
-            return self._computed(self._embedded(ids), step, state, wanted)
-
         layout = self.tiers.layout if self.tiers else 0
         if state.recording is None or state.recording.layout != layout:
             state.recording = Recording(self.devices[0], recorder if self.records else _nothing, layout)
+        # The CPU's kernels do not embed; what they compute is queued, or on a tape, which knows no queue.
+        by_queue = backends.on_tape(ids.device.type)
+        embedded = state.recording.arrived(self._embedded(ids)) if by_queue else None
+
+        def compute(ids: Tensor, live: Tensor, by_host: ByHost) -> Tensor:
+            with backends.queued() if by_queue else nullcontext():
+                step = Step.at(ids, position, self.ropes[ids.device], live, by_host)
+                return self._computed(self._embedded(ids) if embedded is None else embedded, step, state, wanted)
+
         rows = state.recording.run((full, chooses, wanted), ids, position, compute)
         if self.tiers is not None:
             self.tiers.count_whole()

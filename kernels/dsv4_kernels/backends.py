@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from dsv4_kernels import alloc
 from dsv4_kernels.native import library, processors, queue
 from dsv4_kernels.unpack import LAYOUTS
 from dsv4_quant.errors import QuantError
@@ -176,9 +177,20 @@ def queued(*, lazily: bool = False) -> AbstractContextManager[None]:
 
 
 def repeatable(device: str) -> bool:
-    """Whether launches on devices of this type may be recorded and repeated for another token: what the Triton kernels compute,
-    unless somebody watches, who would see only the first."""
-    return NATIVE.get(device) == "gpu" and not _watchers
+    """Whether what is computed on devices of this type may be recorded and repeated for another token: what the Triton kernels or
+    the CPU's own compute, unless somebody watches, who would see only the first."""
+    return not _watchers and (NATIVE.get(device) == "gpu" or on_tape(device))
+
+
+def on_tape(device: str) -> bool:
+    """Whether the CPU's own kernels compute on devices of this type, which a Tape records."""
+    return NATIVE.get(device) == "cpu" and cpu_trouble() is None
+
+
+def tapes() -> Callable[[], queue.Tape]:
+    """Makes tapes for calls of the CPU kernels that are to be repeated, never two at once. Raises what `cpu_trouble` returns."""
+    arena = alloc.Arena()
+    return lambda: queue.Tape(arena)
 
 
 def gpu_trouble() -> QuantError | None:

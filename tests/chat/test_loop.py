@@ -130,10 +130,10 @@ def test_stats_on_request(talk: Talk) -> None:
     assert screen.notes == ["stats is on.", "prompt 6 tokens, 12.0 tok/s · answer 10 tokens, 40.0 tok/s"]
 
 
-def test_stats_tell_why_a_card_is_slower_than_it_could_be() -> None:
+def test_stats_tell_why_decoding_is_slower_than_it_could_be() -> None:
     token = Token(1, "a", "answer", 0, 6, 0, 0.5, 0.25, 12.0, 40.0, 1000, finish="stop")
     assert turn.rates(replace(token, unrecorded="it waits for the card")) == (
-        f"{turn.rates(token)} · decoded tokens are not replayed as a graph: it waits for the card")
+        f"{turn.rates(token)} · decoded tokens are not replayed: it waits for the card")
 
 
 def test_status_and_show(talk: Talk) -> None:

@@ -42,7 +42,7 @@ def fresh(ids: list[int]) -> Tensor:
     return engine_of(Recurrent()).session().sync(ids)
 
 
-def test_a_card_whose_tokens_are_not_recorded_is_told_of(session: Session) -> None:
+def test_why_tokens_are_not_recorded_is_told(session: Session) -> None:
     session.sync([1, 2, 3])
     assert session.unrecorded is None
     session._state.recording = Recording(torch.device("cpu"), lambda device: None)

@@ -115,3 +115,12 @@ def test_what_comes_out_is_turned_back(heads: int, d: int, pairs: int, random: t
         assert torch.equal(sparse_attention(q, recent, None, sink, WINDOW, table), rotate(straight, table, inverse=True))
         expected = ref.sparse_attention(q.double(), recent.double(), None, sink.double(), WINDOW, table.to(torch.complex128))
         assert_close(sparse_attention(q, recent, None, sink, WINDOW, table), expected.float())
+
+
+@pytest.mark.parametrize("position", [0, 7, WINDOW - 1, 5 * WINDOW + 3])
+def test_a_position_in_memory_says_which_of_a_ring_is_seen(position: int, random: torch.Generator) -> None:
+    q, ring, sink = drawn(1, 5, 48, WINDOW - 1, random)
+    ring[position + 1:] = float("nan")
+    entries = some_entries(1, 9, 48, 4, random, torch.float32)
+    found = sparse_attention(q, ring, entries, sink, WINDOW, at=torch.tensor([position]))
+    assert torch.equal(found, sparse_attention(q, ring[:position + 1], entries, sink, WINDOW))

@@ -31,6 +31,16 @@ def test_a_key_is_made_in_one_go_as_step_by_step(d: int, pairs: int, dtype: torc
         assert found[[0, -1]].isnan().all()  # and nothing beside
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_in_memory_says_where_a_key_is_kept(dtype: torch.dtype, random: torch.Generator) -> None:
+    x, norm, table = torch.randn(1, 128, generator=random), torch.ones(128), turns(torch.arange(1), frequencies(64, 10000))
+    found, expected = (torch.full((7, 128), float("nan"), dtype=dtype) for _ in range(2))
+    keep_keys(x, norm, 1e-6, table, "kv", found, torch.tensor([5]))
+    keep_keys(x, norm, 1e-6, table, "kv", expected[5:6])
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(found[5], expected[5])
+
+
 def test_what_does_not_fit_is_refused() -> None:
     x, norm, table, to = torch.zeros(2, 96), torch.ones(96), torch.ones(2, 16, dtype=torch.complex64), torch.zeros(2, 96)
     keep_keys(x, norm, 1e-6, table, "kv", to)

@@ -127,3 +127,16 @@ def test_other_types_and_orders_are_computed_by_the_reference(random: torch.Gene
     expected = ref.compress(*x, fresh, 0)
     assert torch.equal(compress(*x, strided, 0), expected)
     assert torch.equal(strided.kv, fresh.kv)
+
+
+@pytest.mark.parametrize("ratio", [4, 128])
+def test_a_position_may_lie_in_memory(ratio: int, random: torch.Generator) -> None:
+    x = drawn(ratio + 3, ratio, 40, random)
+    expected, pending = in_pieces(x, ratio, [1] * len(x.kv))
+    again, found = Pending.fresh(ratio, 40, torch.float32), []
+    for position, (kv, scores) in enumerate(zip(x.kv.split(1), x.scores.split(1), strict=True)):
+        kind = position % ratio  # all that the host has to know right
+        found.append(compress(kv, scores, x.ape, again, kind, torch.tensor([position])))
+    assert torch.equal(torch.cat(found), expected)
+    assert torch.equal(again.kv, pending.kv)
+    assert torch.equal(again.scores, pending.scores)

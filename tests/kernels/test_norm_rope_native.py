@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import backends
-from dsv4_kernels.norm_rope import frequencies, ref, rms_norm, rotate, turns
+from dsv4_kernels.norm_rope import frequencies, place_token, ref, rms_norm, rotate, turns
 from dsv4_kernels.norm_rope.cpu import norm_rotate
 from tests.kernels.native import kernels  # noqa: F401
 from tests.support.tolerance import assert_close
@@ -17,6 +17,37 @@ WIDTHS = [1, 2, 7, 8, 31, 64, 515, 4096]
 
 def table_of(t: int, pairs: int) -> Tensor:
     return turns(torch.arange(7, 7 + t), frequencies(2 * pairs, 10000))
+
+
+@pytest.mark.parametrize("t", [1, 2, 61])
+@pytest.mark.parametrize("pairs", [1, 32])
+def test_turns_equal_the_reference(t: int, pairs: int) -> None:
+    """Up to a million positions, where angles are as great."""
+    positions, freqs = torch.arange(1_000_003 - t, 1_000_003) // 7 * 7, frequencies(2 * pairs, 10000)
+    found, angles = turns(positions, freqs), positions.float().unsqueeze(-1) * freqs
+    assert_close(torch.view_as_real(found), torch.stack([angles.double().cos(), angles.double().sin()], -1))
+    assert turns(positions[:0], freqs).shape == (0, pairs)
+
+
+@pytest.mark.parametrize("ratios", [(), (4,), (4, 128), (2, 3, 5, 7)])
+@pytest.mark.parametrize("position", [0, 127, 1_000_003])
+def test_what_a_position_decides(position: int, ratios: tuple[int, ...]) -> None:
+    near, far = frequencies(14, 10000), frequencies(14, 160000)
+    found, expected = (by(torch.tensor([position]), near, far, 131, ratios) for by in (place_token, ref.place_token))
+    assert torch.equal(found.ring_row, expected.ring_row)
+    assert torch.equal(found.window_turns, turns(torch.tensor([position]), near))  # bitwise what prompts turn by
+    assert torch.equal(found.compress_turns, turns(torch.tensor([position]), far))
+    for one, other, ratio in zip(found.entries, expected.entries, ratios, strict=True):
+        assert torch.equal(one.visible, other.visible)
+        assert torch.equal(one.row, other.row)
+        assert torch.equal(one.turns, turns(torch.tensor([position // ratio * ratio]), far))
+
+
+def test_more_kinds_of_groups_than_there_is_a_kernel_for() -> None:
+    near, far, at, ratios = frequencies(14, 10000), frequencies(14, 160000), torch.tensor([127]), (2, 3, 5, 7, 11)
+    found, expected = (by(at, near, far, 131, ratios) for by in (place_token, ref.place_token))
+    assert torch.equal(found.compress_turns, expected.compress_turns)
+    assert [entry.row for entry in found.entries] == [entry.row for entry in expected.entries]
 
 
 @pytest.mark.parametrize("shape", [(1,), (5,), (127,), (2, 3), (128, 2)])

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsv4_kernels import backends
+from dsv4_kernels import alloc, backends
 from dsv4_kernels.cache import keep
 from dsv4_kernels.linear import linear
-from dsv4_kernels.native import library
+from dsv4_kernels.native import library, queue
 from dsv4_kernels.norm_rope import rms_norm
 from dsv4_kernels.router import route_by_hash
 from tests.kernels.native import kernels  # noqa: F401
@@ -115,3 +115,69 @@ def test_a_single_thread_has_no_queue(random: torch.Generator) -> None:
         assert torch.equal(to, x)
     assert library.threads() == 1
     backends.use_threads(2)
+
+
+def test_a_tape_computes_on_what_its_memory_then_holds(random: torch.Generator) -> None:
+    weight, drawn = torch.randn(67, 67, generator=random), torch.randn(4, 1, 67, generator=random)
+    x, record = torch.empty(1, 67), backends.tapes()
+    tape = record()
+    tape.begin()
+    with backends.queued(), backends.queued():  # which a tape knows nothing of
+        y = chain(x, weight, 40)
+    tape.end()
+    for threads in (1, 2):
+        backends.use_threads(threads)
+        for given in drawn:
+            x.copy_(given)
+            tape.replay()
+            assert torch.equal(y, chain(given, weight, 40))
+
+
+def test_tapes_share_memory_that_nobody_can_reach(random: torch.Generator) -> None:
+    """Results are good until another tape of the same arena is computed."""
+    weight, x = torch.randn(67, 67, generator=random), torch.randn(1, 67, generator=random)
+    arena, results = alloc.Arena(), []
+    tapes = [queue.Tape(arena) for _ in range(3)]
+    for times, tape in enumerate(tapes, 20):
+        tape.begin()
+        results.append(chain(x, weight, times))
+        tape.end()
+    assert arena.nbytes < 4 * 67 * 8  # of what 126 calls hand to each other
+    for times in (22, 20, 21, 22):
+        tapes[times - 20].replay()
+        assert torch.equal(results[times - 20], chain(x, weight, times))
+    views = results.pop().view(-1)[60:]
+    free = arena.nbytes
+    assert arena.nbytes == free, "a view is a way to reach it"
+    del views
+    assert arena.nbytes > free
+
+
+def test_what_torch_would_compute_is_on_no_tape(random: torch.Generator) -> None:
+    x, weight, record = torch.randn(1, 67, generator=random), torch.randn(67, 67, generator=random), backends.tapes()
+    tape = record()
+    tape.begin()
+    with pytest.raises(RuntimeError, match="by torch"):
+        linear(linear(x, weight), weight.T)
+    with pytest.raises(RuntimeError, match="already"):
+        record().begin()
+    linear(x, weight)
+    tape.abandon()
+    tape.abandon()
+    assert torch.equal(linear(x, weight), linear(x, weight.clone())), "what was begun has ended"
+
+
+def test_a_tape_complains_each_time_it_has_a_reason(random: torch.Generator) -> None:
+    x, gate = torch.randn(1, 32, generator=random), torch.randn(4, 32, generator=random)
+    table, ids, tape = torch.tensor([[0, 1], [2, 9]]), torch.tensor([1]), backends.tapes()()
+    tape.begin()
+    _, experts = route_by_hash(x, gate, table, ids, 1.0)
+    tape.end()
+    for right in (False, True, False):
+        ids.fill_(1 - right)
+        if right:
+            tape.replay()
+            assert experts.tolist() == [[0, 1]]
+        else:
+            with pytest.raises(IndexError, match="outside the 4"):
+                tape.replay()

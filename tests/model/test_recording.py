@@ -1,14 +1,17 @@
-"""A decoded token's launches, recorded and replayed: no card is here, so a stand-in repeats them (tests/support/replay.py)."""
+"""A decoded token's launches, recorded and replayed: on the CPU by tapes; no card is here, so a stand-in repeats its
+(tests/support/replay.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from dsv4_kernels import alloc, backends
+from dsv4_kernels.hyper import cpu as hyper
 from dsv4_quant.files import open_source
 from dsv4cli.model import transformer
 from dsv4cli.model.recording import ByHost, Recording, recorder
@@ -17,6 +20,7 @@ from dsv4cli.model.transformer import Model
 from tests.kernels.interpreter import QUIET
 from tests.support.replay import Replay
 from tests.support.synth import Checkpoint, Shape
+from tests.support.tolerance import CHUNKS, assert_close
 
 pytest.importorskip("triton")
 pytestmark = QUIET
@@ -32,8 +36,12 @@ KINDS = {((), False, 1), ((4, 128), True, 1), ((), True, 1), ((4,), True, 1)}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    path = Checkpoint(SMALL, seed=5).write(tmp_path_factory.mktemp("synth"))
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Checkpoint(SMALL, seed=5).write(tmp_path_factory.mktemp("synth"))
+
+
+@pytest.fixture(scope="module")
+def model(path: Path) -> Model:
     return Model.bind(open_source(path), numerics="official")
 
 
@@ -164,9 +172,49 @@ def test_the_stand_in_computes_nothing_before_it_is_replayed() -> None:
         assert x.tolist() == [sums] * 3
 
 
-def test_only_cards_record() -> None:
-    assert recorder(torch.device("cpu")) is None
-    assert not backends.repeatable("cpu")
+@pytest.mark.skipif(backends.cpu_trouble() is not None, reason="no C++ compiler")
+@pytest.mark.parametrize("numerics", ["plain", "official"])
+@pytest.mark.parametrize("expand_limit", [0, 10 ** 9])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_tape_of_the_cpus_kernels_says_what_described_tokens_say(threads: int, expand_limit: int, numerics: str,
+                                                                   path: Path) -> None:
+    """Bitwise, whichever layers and however many threads; there is nobody who would watch."""
+    backends.use_threads(threads)
+    source, found = open_source(path), []
+    for records in (False, True):
+        model = Model.bind(source, numerics=numerics, expand_limit=expand_limit, records=records)
+        state = model.new_state(1100)
+        state.reserve(len(IDS))
+        model.forward(IDS[:BEFORE], state)
+        start = state.snapshot()
+        found += [decoded(model, state, start) for _ in range(3)]
+        recording = state.recording
+        assert isinstance(recording, Recording)
+        assert set(recording._runs) == (KINDS if records else set())
+        assert (recording.trouble is None) == records
+        state.reserve(1025)
+        assert state.recording is None, "the storage has moved"
+    backends.use_threads(2)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+@pytest.mark.skipif(backends.cpu_trouble() is not None, reason="no C++ compiler")
+def test_what_the_cpus_kernels_cannot_compute_is_described_and_it_is_said(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model.bind(open_source(path), numerics="plain")
+    expected = decoded(model, state := model.new_state(len(IDS)), state.snapshot())
+    monkeypatch.setattr(hyper, "_fits", lambda *tensors: False)
+    assert_close(decoded(model, state := model.new_state(len(IDS)), state.snapshot()), expected, CHUNKS)
+    assert state.recording is not None
+    assert state.recording.trouble == "a part of it is computed by torch, or needs what kernels have yet to compute"
+
+
+def test_who_records() -> None:
+    on_cpu = backends.cpu_trouble() is None
+    assert (recorder(torch.device("cpu")) is not None) == backends.repeatable("cpu") == on_cpu
     with backends.watched(lambda door, given: None):
         assert not backends.repeatable("cuda")
+        assert not backends.repeatable("cpu")
     assert backends.repeatable("cuda")
+    with backends.interpreted():
+        assert recorder(torch.device("cpu")) is None, "the interpreter's launches are Python's"
+        assert backends.repeatable("cpu")

@@ -11,14 +11,14 @@ from dsv4_kernels.native.library import I, P, load, signature
 from dsv4_kernels.native.queue import by_torch, dense
 from dsv4_kernels.norm_rope.cpu import norm_rotate
 
-signature("dsv4_sparse_attention", P, I, I, I, P, I, P, I, P, P, I, P, I, I, P, I, P)
+signature("dsv4_sparse_attention", P, I, I, I, P, I, P, I, P, P, I, P, I, I, P, I, P, P)
 
 
 def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: Tensor, window: int,
                      turns: Tensor | None = None, at: Tensor | None = None, eps: float | None = None) -> Tensor:
     if entries is not None and not len(entries.kv):
         entries = None
-    if at is not None or not q.dtype == sink.dtype == float32 or recent.dtype not in (float32, bfloat16) or (
+    if not q.dtype == sink.dtype == float32 or recent.dtype not in (float32, bfloat16) or (
             not _fit(entries, recent)) or (turns is not None and (turns.dtype != complex64 or turns.is_conj())):
         return by_torch(ref.sparse_attention, q, recent, entries, sink, window, turns, at, eps)
     if eps is not None and turns is not None:
@@ -36,7 +36,7 @@ def sparse_attention(q: Tensor, recent: Tensor, entries: Entries | None, sink: T
             chosen, k = dense(entries.chosen), entries.chosen.shape[1]
     load().dsv4_sparse_attention(q.data_ptr(), t, heads, d, recent.data_ptr(), len(recent), _place(kv), n,
                                  _place(visible), _place(chosen), k, sink.data_ptr(), window, recent.dtype == bfloat16,
-                                 _place(turns), pairs, out.data_ptr())
+                                 _place(turns), pairs, _place(at), out.data_ptr())
     return out
 
 

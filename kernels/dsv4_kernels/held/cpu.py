@@ -80,7 +80,7 @@ def other_experts(told: Told, experts: Sequence[Expert], held: Held, limit: floa
             share.mine[count], share.others[count], count = share.weights[place], number, count + 1
     if count:
         load().dsv4_add_experts(told.x.data_ptr(), 1, addressof(share.mine), addressof(share.others), count, share.bank,
-                                len(experts), limit, part.data_ptr())
+                                len(experts), limit, False, part.data_ptr())
         settle()
 
 

@@ -18,7 +18,7 @@ from dsv4_kernels.native.library import F, I, P, load, signature
 from dsv4_kernels.native.queue import by_torch, dense
 from dsv4_kernels.native.weights import Weight, native
 
-signature("dsv4_add_experts", P, I, P, P, I, P, I, F, P)
+signature("dsv4_add_experts", P, I, P, P, I, P, I, F, I, P)
 signature("dsv4_ask_for", P, P, I)
 _SLOT = "_native_bank"  # where Experts keep the array of their structs
 
@@ -29,9 +29,9 @@ def routed_experts(x: Tensor, weights: Tensor, chosen: Tensor, experts: Sequence
     if bank is None or (onto is not None and onto.dtype != float32):
         return by_torch(ref.routed_experts, x, weights, chosen, experts, limit, onto)
     x, weights, chosen = dense(x), dense(weights), dense(chosen)
-    out = alloc.full(tuple(x.shape), 0.0, float32) if onto is None else onto
+    out = alloc.empty_like(x) if onto is None else onto
     load().dsv4_add_experts(x.data_ptr(), x.shape[0], weights.data_ptr(), chosen.data_ptr(), chosen.shape[1], bank,
-                            len(experts), limit, out.data_ptr())
+                            len(experts), limit, onto is None, out.data_ptr())
     return out
 
 

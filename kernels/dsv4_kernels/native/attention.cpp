@@ -31,7 +31,11 @@ struct Problem {
     int64_t window;
     const float* turns;  // [t, pairs] that the result is turned back by, or null
     int64_t pairs;
+    const int64_t* at;  // the only token's position, or null
     float* out;
+
+    // Rows of `recent` that hold keys. A ring's are those of positions up to the token's, in whatever order.
+    int64_t filled() const { return at ? std::min(*at + 1, rows) : rows; }
 };
 
 struct Scratch {
@@ -45,7 +49,7 @@ thread_local Scratch scratch;
 template <class T>
 void find_keys(const Problem& p, int64_t i, std::vector<const uint8_t*>& keys) {
     keys.clear();
-    int64_t width = p.d * T::BYTES, end = p.rows - p.t + i + 1;
+    int64_t width = p.d * T::BYTES, end = p.filled() - p.t + i + 1;
     for (int64_t row = std::max<int64_t>(0, end - p.window); row < end; ++row) keys.push_back(p.recent + row * width);
     if (!p.entries) return;
     int64_t visible = std::min(p.visible[i], p.n);
@@ -175,11 +179,12 @@ void attend_all(const Problem& p) {
 }  // namespace
 
 // q [t, heads, d], recent [rows, d], entries [n, d] or null, visible [t], chosen [t, k] or null, sink [heads] -> out like q.
-// Keys are bfloat16 or float32. With turns [t, pairs] the result is turned back by them.
+// Keys are bfloat16 or float32. With turns [t, pairs] the result is turned back by them. With `at`, where the only token's position
+// lies when its turn comes, recent is a ring of which so many rows are filled.
 DSV4_API void dsv4_sparse_attention(const float* q, int64_t t, int64_t heads, int64_t d, const uint8_t* recent, int64_t rows,
                                     const uint8_t* entries, int64_t n, const int64_t* visible, const int64_t* chosen,
                                     int64_t k, const float* sink, int64_t window, int64_t bf16, const float* turns,
-                                    int64_t pairs, float* out) {
-    Problem p{q, t, heads, d, recent, rows, entries, n, visible, chosen, k, sink, window, turns, pairs, out};
+                                    int64_t pairs, const int64_t* at, float* out) {
+    Problem p{q, t, heads, d, recent, rows, entries, n, visible, chosen, k, sink, window, turns, pairs, at, out};
     submit([=] { bf16 ? attend_all<BF16Format>(p) : attend_all<F32Format>(p); });
 }

@@ -35,9 +35,11 @@ struct Keys {
     Rounding rounding;
     int64_t block, bf16;
     char* to;
+    const int64_t* first;  // row of `to` that is the first to be written; null: the first there is
 };
 
 void keep_keys(const Keys& k) {
+    char* to = k.to + (k.first ? *k.first : 0) * k.d * (k.bf16 ? 2 : 4);
     parallel(k.rows, items_for(GRAIN, k.d), [&](int64_t begin, int64_t end) {
         thread_local std::vector<float> memory;
         memory.resize(std::max(memory.size(), size_t(k.d)));
@@ -46,7 +48,7 @@ void keep_keys(const Keys& k) {
             norm_row(k.x + row * k.d, k.norm, k.d, k.eps, key);
             turn_pairs(key + k.d - 2 * k.pairs, k.turns + row * 2 * k.pairs, k.pairs, 1.0f);
             round_row_for_cache(key, k.d, k.rounding, 2 * k.pairs, k.block);
-            keep(key, k.d, k.bf16, k.to + row * k.d * (k.bf16 ? 2 : 4));
+            keep(key, k.d, k.bf16, to + row * k.d * (k.bf16 ? 2 : 4));
         }
     });
 }
@@ -59,9 +61,10 @@ DSV4_API void dsv4_keep(const float* x, int64_t count, int64_t bf16, void* to) {
 }
 
 // x [rows, d], norm [d], turns [rows, pairs] of cosine and sine -> to [rows, d]: normed, turned, rounded (an enum Rounding, with its
-// block) and kept as float32 or bfloat16.
+// block) and kept as float32 or bfloat16. With first, a number that is read when its turn comes, `to` begins so many rows earlier.
 DSV4_API void dsv4_keep_keys(const float* x, const float* norm, float eps, const float* turns, int64_t rows, int64_t d,
-                             int64_t pairs, int64_t rounding, int64_t block, int64_t bf16, void* to) {
-    Keys keys{x, norm, eps, turns, rows, d, pairs, Rounding(rounding), block, bf16, static_cast<char*>(to)};
+                             int64_t pairs, int64_t rounding, int64_t block, int64_t bf16, void* to,
+                             const int64_t* first) {
+    Keys keys{x, norm, eps, turns, rows, d, pairs, Rounding(rounding), block, bf16, static_cast<char*>(to), first};
     submit([=] { keep_keys(keys); });
 }

@@ -89,8 +89,12 @@ void compress(const float* kv, const float* scores, const float* ape, float* pen
 }  // namespace
 
 // kv, scores [t, width], ape [ratio, width], pending_kv and pending_scores [slots, width], width = halves * d and
-// slots = halves * ratio -> entries [groups, d]; the pending tensors are brought up to date.
+// slots = halves * ratio -> entries [groups, d]; the pending tensors are brought up to date. With `at`, the position is the number that
+// lies there when its turn comes.
 DSV4_API void dsv4_compress(const float* kv, const float* scores, const float* ape, float* pending_kv, float* pending_scores,
-                            int64_t t, int64_t ratio, int64_t d, int64_t halves, int64_t position, float* entries) {
-    submit([=] { compress(kv, scores, ape, pending_kv, pending_scores, t, ratio, d, halves, position, entries); });
+                            int64_t t, int64_t ratio, int64_t d, int64_t halves, int64_t position, const int64_t* at,
+                            float* entries) {
+    submit([=] {
+        compress(kv, scores, ape, pending_kv, pending_scores, t, ratio, d, halves, at ? *at : position, entries);
+    });
 }

@@ -117,7 +117,7 @@ void ask_for_downs(const Expert* experts, const Visits& visits) {
 
 // What is added to `out` is the sum over each token's experts.
 void add_experts(const float* x, int64_t t, const float* weights, const int64_t* chosen, int64_t k, const Expert* experts,
-                 int64_t n, float limit, float* out) {
+                 int64_t n, float limit, bool fresh, float* out) {
     const Weight &gate = experts->gate, &up = experts->up, &down = experts->down;
     Visits& visits = scratch.visits;
     visits.sort(chosen, weights, t, k, n);
@@ -130,6 +130,7 @@ void add_experts(const float* x, int64_t t, const float* weights, const int64_t*
         if (count <= AHEAD) ask_for_downs(experts, visits);
     }
 
+    if (fresh) std::fill_n(out, t * down.rows, 0.0f);
     Activations a = rounded(x, t, gate.cols, wants(gate), 0);
     Activations a_up = same(wants(gate), wants(up)) ? a : rounded(x, t, up.cols, wants(up), 1);
     int64_t visitors = std::max<int64_t>(1, t * k / std::max<int64_t>(1, count));
@@ -155,15 +156,15 @@ void add_experts(const float* x, int64_t t, const float* weights, const int64_t*
 
 }  // namespace
 
-// x [t, d], weights and chosen [t, k] (numbers below n) -> added to out [t, d]. All experts have one shape and, part by part,
+// x [t, d], weights and chosen [t, k] (numbers below n) -> added to out [t, d], or alone in it if it is `fresh`. All experts have one shape and, part by part,
 // one format.
 DSV4_API void dsv4_add_experts(const float* x, int64_t t, const float* weights, const int64_t* chosen, int64_t k,
-                               const void* all, int64_t n, float limit, float* out) {
+                               const void* all, int64_t n, float limit, int64_t fresh, float* out) {
     const Expert* experts = static_cast<const Expert*>(all);
     if (n > 1) {
-        submit([=] { add_experts(x, t, weights, chosen, k, experts, n, limit, out); });
+        submit([=] { add_experts(x, t, weights, chosen, k, experts, n, limit, fresh, out); });
     } else {
         Expert only = *experts;
-        submit([=] { add_experts(x, t, weights, chosen, k, &only, n, limit, out); });
+        submit([=] { add_experts(x, t, weights, chosen, k, &only, n, limit, fresh, out); });
     }
 }

@@ -40,6 +40,7 @@ constexpr uint64_t OPEN = 1 << 16, INSIDE = OPEN - 1;  // of Pool::state; above 
 thread_local int index_of_this_thread = 0;
 thread_local bool inside = false;      // a piece of a job
 thread_local bool queueing = false;    // submit writes down
+thread_local Tape* tape = nullptr;     // where it writes, if not into the queue
 thread_local bool conducting = false;  // what was written down
 
 class Pool {
@@ -216,6 +217,7 @@ std::mutex callers;    // held by whoever uses the pool
 void forget_workers() {  // in a forked child there are none
     pool = nullptr;
     queueing = false;
+    tape = nullptr;
 }
 
 }  // namespace
@@ -233,14 +235,16 @@ void run_parallel(int64_t count, int64_t grain, const Body& body) {
     pool->run(count, grain, body);
 }
 
-bool queues() { return queueing; }
+bool queues() { return queueing || tape; }
 
 void* new_call(void (*compute)(void*)) {
+    if (tape) return tape->place(compute);
     while (pool->queue.full()) pool->drain();
     return pool->queue.place(compute);
 }
 
 void push_call() {
+    if (tape) return;
     pool->queue.push();
     pool->announce();
 }
@@ -259,6 +263,18 @@ DSV4_API void dsv4_set_threads(int count, const int* cpus, int cpu_count) {
 }
 
 DSV4_API int dsv4_threads() { return dsv4::threads(); }
+
+DSV4_API void* dsv4_tape_new() { return new dsv4::Tape; }
+
+DSV4_API void dsv4_tape_free(void* tape) { delete static_cast<dsv4::Tape*>(tape); }
+
+// From now on the calling thread's kernels are written to a tape and not computed; null: no longer.
+DSV4_API void dsv4_tape_record(void* tape) { dsv4::tape = static_cast<dsv4::Tape*>(tape); }
+
+// Computes what is on a tape, as one kernel that may be queued like others. The tape must live until then.
+DSV4_API void dsv4_tape_replay(void* tape) {
+    dsv4::submit([=] { static_cast<dsv4::Tape*>(tape)->compute(); });
+}
 
 // From now on the calling thread's kernels are queued, until dsv4_end. Returns 0, and changes nothing, when there are no other
 // threads or they are busy. lazily: nothing is computed before dsv4_wait, so that tests find what does not live long enough.
