@@ -207,7 +207,7 @@ class Model:
             raise UsageError(f"Token ids must be a non-empty int64 list, not {ids.dtype} {list(ids.shape)}.",
                              "Give one row of ids.")
         size = self.config.vocab_size
-        least, most = int(ids.min()), int(ids.max())
+        least, most = map(int, ids.aminmax())
         if least < 0 or most >= size:
             raise UsageError(f"Token id {least if least < 0 else most} is outside the vocabulary of {size}.",
                              f"Ids go from 0 to {size - 1}.")

@@ -8,6 +8,7 @@ blue moon.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import c_char
@@ -20,8 +21,16 @@ from torch import Tensor
 T = TypeVar("T")
 
 _poisoned = False
-_held: list[object] | None = None
-_arena: Arena | None = None
+
+
+class _Here(threading.local):
+    """Of each thread its own."""
+
+    held: list[object] | None = None
+    arena: Arena | None = None
+
+
+_here = _Here()
 
 
 def poison(on: bool) -> None:
@@ -32,8 +41,7 @@ def poison(on: bool) -> None:
 
 def hold(on: bool) -> None:
     """Keeps alive all that is made from now on until it is turned off, for kernels that have yet to run."""
-    global _held
-    _held = [] if on else None
+    _here.held = [] if on else None
 
 
 class Arena:
@@ -64,31 +72,31 @@ class Arena:
 @contextmanager
 def within(arena: Arena) -> Iterator[list[object]]:
     """What is made meanwhile on the CPU lies in this arena. Yields what must live as long as kernels may be computed."""
-    global _held, _arena
-    _held, _arena = [], arena
+    kept: list[object] = []
+    _here.held, _here.arena = kept, arena
     try:
-        yield _held
+        yield kept
     finally:
-        _held = _arena = None
+        _here.held = _here.arena = None
 
 
 def held(x: T) -> T:
     """x, kept alive like what is made here."""
-    if _held is not None:
-        _held.append(x)
+    if _here.held is not None:
+        _here.held.append(x)
     return x
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """Memory whose contents must not be relied upon."""
-    if _arena is not None and device == "cpu":
-        return _poisoned_if_wanted(_arena.empty(shape, dtype))
+    if _here.arena is not None and device == "cpu":
+        return _poisoned_if_wanted(_here.arena.empty(shape, dtype))
     return held(_poisoned_if_wanted(torch.empty(shape, dtype=dtype, device=device)))
 
 
 def empty_like(x: Tensor) -> Tensor:
     """Contiguous memory of x's shape, dtype and device."""
-    if _arena is not None and x.device.type == "cpu":
+    if _here.arena is not None and x.device.type == "cpu":
         return empty(tuple(x.shape), x.dtype)
     made = torch.empty_like(x, memory_format=torch.contiguous_format)  # a third of the time of `empty`
     return held(_poisoned_if_wanted(made))

@@ -167,6 +167,20 @@ def test_what_torch_would_compute_is_on_no_tape(random: torch.Generator) -> None
     assert torch.equal(linear(x, weight), linear(x, weight.clone())), "what was begun has ended"
 
 
+def test_another_thread_knows_nothing_of_a_tape(random: torch.Generator) -> None:
+    x, weight = torch.randn(1, 67, generator=random), torch.randn(67, 67, generator=random)
+    expected, found, arena = chain(x, weight, 5), [], alloc.Arena()
+    tape = queue.Tape(arena)
+    tape.begin()
+    other = threading.Thread(target=lambda: found.append(chain(x, weight, 5)))
+    other.start()
+    other.join()
+    tape.end()
+    tape.replay()
+    assert torch.equal(found[0], expected)
+    assert arena.nbytes == 0
+
+
 def test_a_tape_complains_each_time_it_has_a_reason(random: torch.Generator) -> None:
     x, gate = torch.randn(1, 32, generator=random), torch.randn(4, 32, generator=random)
     table, ids, tape = torch.tensor([[0, 1], [2, 9]]), torch.tensor([1]), backends.tapes()()

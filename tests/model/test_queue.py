@@ -33,7 +33,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self._places(args)
         made = op(*args, **kwargs or {})
-        kept = alloc._held
+        kept = alloc._here.held
         if kept is not None and "empty" not in str(op):
             known = {x.untyped_storage().data_ptr() for x in kept if isinstance(x, Tensor)}
             views = made if isinstance(made, (tuple, list)) else (made,)
