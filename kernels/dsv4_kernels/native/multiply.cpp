@@ -162,18 +162,19 @@ void multiply_few(const Weight& weight, int64_t begin, int64_t end, const Activa
             dots<F, 1>(weight, row, Bytes::of<F>(x, picked[i]), y + i * y_stride + row - begin);
 }
 
-template <class F>
+// MANY: the format as a tile takes it.
+template <class F, class MANY>
 void multiply_bytes(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
                     int64_t y_stride) {
     if (picked.count <= FEW || !x.lanes) {
         multiply_few<F>(weight, begin, end, x, picked, y, y_stride);
         return;
     }
-    TileOf<F> tile(weight.cols);
+    TileOf<MANY> tile(weight.cols);
     for (int64_t row = begin; row < end; row += TILE) {
         for (int r = 0; r < TILE; ++r) {  // what is too much of the last tile is the last row again
             int64_t number = std::min(row + r, end - 1);
-            unpack<F>(tile, r, row_of(weight, number), weight.cols, behind(weight, number, 1));
+            unpack<MANY>(tile, r, row_of(weight, number), weight.cols, behind(weight, number, 1));
         }
         meet_all(tile, int(std::min<int64_t>(TILE, end - row)), x, picked, y + row - begin, y_stride);
     }
@@ -293,9 +294,9 @@ struct Kind {
 
 constexpr Wants AS_THEY_ARE = {false, Order::PLAIN, false};
 
-template <class F>
+template <class F, class MANY = F>
 constexpr Kind bytes() {
-    return {{true, F::SPLIT ? Order::SPLIT : Order::PLAIN, F::LOW != 0}, multiply_bytes<F>, multiply_exactly<F>};
+    return {{true, F::SPLIT ? Order::SPLIT : Order::PLAIN, F::LOW != 0}, multiply_bytes<F, MANY>, multiply_exactly<F>};
 }
 
 #if DSV4_LOOKS_UP_MANY
@@ -311,7 +312,7 @@ constexpr Kind floats() {
 
 const Kind kinds[FORMATS] = {  // in the order of enum Format
     floats<F32Format>(), floats<F16Format>(), floats<BF16Format>(), floats<FP8Format>(), bytes<Q8_0Format>(),
-    bytes<MXFP4Format>(), bytes<FP4Format>(), bytes<Q2_KFormat>(), bytes<Q3_KFormat>(), bytes<Q4_KFormat>(),
+    bytes<MXFP4Format>(), bytes<FP4Format>(), bytes<Q2_KFormat, Q2_KProductsFormat>(), bytes<Q3_KFormat>(), bytes<Q4_KFormat>(),
     bytes<Q5_KFormat>(), bytes<Q6_KFormat>(), IQ2_XXS_KIND, bytes<IQ3_XXSFormat>()};
 
 }  // namespace
