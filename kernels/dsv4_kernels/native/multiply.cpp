@@ -162,22 +162,26 @@ void multiply_few(const Weight& weight, int64_t begin, int64_t end, const Activa
             dots<F, 1>(weight, row, Bytes::of<F>(x, picked[i]), y + i * y_stride + row - begin);
 }
 
+// Apart from the rest: the compiler makes less of what is done for one token where so much code stands beside it.
+template <class F>
+__attribute__((noinline)) void multiply_many(const Weight& weight, int64_t begin, int64_t end, const Activations& x,
+                                             const Picked& picked, float* y, int64_t y_stride) {
+    TileOf<F> tile(weight.cols);
+    for (int64_t row = begin; row < end; row += TILE) {
+        for (int r = 0; r < TILE; ++r) {  // what the last tile has too many is the last row again
+            int64_t number = std::min(row + r, end - 1);
+            unpack<F>(tile, r, row_of(weight, number), weight.cols, behind(weight, number, 1));
+        }
+        meet_all(tile, int(std::min<int64_t>(TILE, end - row)), x, picked, y + row - begin, y_stride);
+    }
+}
+
 // MANY: the format as a tile takes it.
 template <class F, class MANY>
 void multiply_bytes(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
                     int64_t y_stride) {
-    if (picked.count <= FEW || !x.lanes) {
-        multiply_few<F>(weight, begin, end, x, picked, y, y_stride);
-        return;
-    }
-    TileOf<MANY> tile(weight.cols);
-    for (int64_t row = begin; row < end; row += TILE) {
-        for (int r = 0; r < TILE; ++r) {  // what is too much of the last tile is the last row again
-            int64_t number = std::min(row + r, end - 1);
-            unpack<MANY>(tile, r, row_of(weight, number), weight.cols, behind(weight, number, 1));
-        }
-        meet_all(tile, int(std::min<int64_t>(TILE, end - row)), x, picked, y + row - begin, y_stride);
-    }
+    bool few = picked.count <= FEW || !x.lanes;  // a token may be picked more than once
+    (few ? multiply_few<F> : multiply_many<MANY>)(weight, begin, end, x, picked, y, y_stride);
 }
 
 // ---- Formats whose weights are floats, multiplied with the activations as they are ----
