@@ -15,7 +15,7 @@ from dsv4_kernels.norm_rope import rms_norm
 from dsv4_quant.formats import FORMATS as ALL_FORMATS
 from dsv4_quant.formats import Packed, fp4, fp8_e4m3, q8_0
 from tests.kernels.native import kernels  # noqa: F401
-from tests.support.tolerance import assert_close, relative_error
+from tests.support.tolerance import RELATIVE, assert_close, relative_error
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -87,11 +87,25 @@ def test_rounding_the_activations_costs_little(name: str, random: torch.Generato
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_token_does_not_notice_its_company(name: str, random: torch.Generator) -> None:
-    """Bitwise: a prompt may be cut anywhere."""
-    weight, x = made(name, 22, 1280, random), torch.randn(9, 1280, generator=random)
+    """Bitwise among many: a prompt may be cut anywhere. A few bytes add in another order than many."""
+    weight, x = made(name, 22, 1280, random), torch.randn(11, 1280, generator=random)
     whole = linear(x, weight)
-    assert torch.equal(whole, torch.cat([linear(row[None], weight) for row in x]))
+    alone = torch.cat([linear(row[None], weight) for row in x])
+    assert torch.equal(alone, torch.cat([linear(x[i:i + 3], weight) for i in range(0, 11, 3)]))
     assert torch.equal(whole, torch.cat([linear(x[:4], weight), linear(x[4:], weight)]))
+    assert torch.equal(whole, alone) if name in AS_THEY_ARE else relative_error(whole, alone) < RELATIVE[torch.float32]
+
+
+@pytest.mark.parametrize("name", BYTES)
+@pytest.mark.parametrize("tokens", [1, 4, 7])
+def test_a_row_does_not_notice_its_neighbours(name: str, tokens: int, random: torch.Generator) -> None:
+    """Bitwise: rows are dealt to as many threads as there are."""
+    weight, x = made(name, 13, 768, random), torch.randn(tokens, 768, generator=random)
+    parts = []
+    for rows in (slice(0, 5), slice(5, 6), slice(6, 13)):
+        scale = None if weight.scale is None else weight.scale[rows]
+        parts.append(linear(x, Packed(name, (rows.stop - rows.start, 768), weight.data[rows], scale)))
+    assert torch.equal(linear(x, weight), torch.cat(parts, -1))
 
 
 @pytest.mark.parametrize("name", ["f32", "fp8_e4m3", "q8_0", "q4_k"])
@@ -111,6 +125,17 @@ def test_official_scales_may_be_float32(name: str, random: torch.Generator) -> N
     x = torch.randn(5, 320, generator=random)
     met = x.double() if name == "fp8_e4m3" else rounded(x)
     assert_close(linear(x, weight), ref.linear(met, weight).float())
+
+
+@pytest.mark.parametrize("tokens", [1, 6])
+def test_the_greatest_bytes_do_not_overflow(tokens: int, random: torch.Generator) -> None:
+    """Sums of 16 bits would, where the processor has no others: -128 and 127 throughout."""
+    blocks = torch.randint(0, 256, (5 * 3, 34), generator=random, dtype=torch.uint8)
+    blocks[:, :2] = torch.tensor([0.01]).half().view(torch.uint8)
+    blocks[:, 2:] = torch.where(blocks[:, 2:] > 127, 128, 127)
+    weight = Packed("q8_0", (5, 96), blocks.reshape(5, -1))
+    x = torch.ones(tokens, 96) - 2 * torch.randint(0, 2, (tokens, 96), generator=random)
+    assert_close(linear(x, weight), ref.linear(rounded(x), weight).float())
 
 
 def test_every_scale_that_e8m0_can_say(random: torch.Generator) -> None:
@@ -153,7 +178,7 @@ def test_transposed_and_sliced_activations(random: torch.Generator) -> None:
     weight, x = made("q8_0", 4, 64, random), torch.randn(64, 6, generator=random)
     assert torch.equal(linear(x.T[::2], weight), linear(x.T[::2].contiguous(), weight))
     stacked = torch.randn(2, 3, 64, generator=random)
-    assert torch.equal(linear(stacked, weight)[1], linear(stacked[1], weight))
+    assert torch.equal(linear(stacked, weight).reshape(6, 4), linear(stacked.reshape(6, 64), weight))
 
 
 def test_sliced_weights_stay_where_they_are(random: torch.Generator) -> None:

@@ -65,7 +65,10 @@ def test_a_token_does_not_notice_its_company(name: str, random: torch.Generator)
     x, shares, chosen = draw(11, 2, 5, random)
     whole = routed_experts(x, shares, chosen, experts, LIMIT)
     alone = [routed_experts(x[i:i + 1], shares[i:i + 1], chosen[i:i + 1], experts, LIMIT) for i in range(len(x))]
-    assert torch.equal(whole, torch.cat(alone))
+    if name in AS_THEY_ARE:
+        assert torch.equal(whole, torch.cat(alone))
+    else:  # a few tokens' bytes are added up in another order than those of many
+        assert_close(whole, torch.cat(alone), tolerance(name))
 
 
 @pytest.mark.parametrize("tokens", [1, 8])

@@ -221,6 +221,8 @@ struct Q3_KFormat {
     }
 };
 
+constexpr uint64_t LOW_NIBBLES = 0x0f0f0f0f0f0f0f0fu;
+
 struct Q2_KFormat {
     static constexpr bool HALVES = true, SPLIT = false, PREPARED = false;
     static constexpr int LOW = 16, ABOVE = 0, BYTES = 84, UNIT = 256, ROWS = 2;
@@ -229,7 +231,6 @@ struct Q2_KFormat {
     static DSV4_INLINE void unit(const Row& row, int64_t s, Sink& sink) {
         const uint8_t* b = row.data + BYTES * s;
         uint64_t first = load<uint64_t>(b), second = load<uint64_t>(b + 8);
-        constexpr uint64_t LOW_NIBBLES = 0x0f0f0f0f0f0f0f0fu;
         f32x8 d = splat(half_at(b + 80)), d_low = splat(half_at(b + 82));
         f32x8 steps[2] = {sink.scaled_halves(8 * s, bytes_to_floats(first & LOW_NIBBLES) * d),
                           sink.scaled_halves(8 * s + 4, bytes_to_floats(second & LOW_NIBBLES) * d)};
@@ -239,6 +240,33 @@ struct Q2_KFormat {
             u8x32 quads = load<u8x32>(b + 16 + 32 * half);
             u8x32 codes[4] = {field<0>(quads, 3), field<2>(quads, 3), field<4>(quads, 3), field<6>(quads, 3)};
             for (int j = 0; j < 4; ++j) sink.put_unsigned(8 * s + 4 * half + j, codes[j], halves_of(steps[half], j));
+        }
+    }
+};
+
+// The same with each weight times the scale of its sixteen, which is a small whole number too: what is left of scales is one for
+// all 256. For tiles, where many tokens have the good of it.
+struct Q2_KProductsFormat {
+    static constexpr bool HALVES = false, SPLIT = false, PREPARED = false;
+    static constexpr int LOW = 16, ABOVE = 0, BYTES = 84, UNIT = 256, ROWS = 1;
+
+    template <class Sink>
+    static DSV4_INLINE void unit(const Row& row, int64_t s, Sink& sink) {
+        constexpr u8x32 SECOND = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+        const uint8_t* b = row.data + BYTES * s;
+        f32x8 factors = sink.scaled(8 * s, splat(half_at(b + 80))), d_low = splat(half_at(b + 82));
+        u8x16 both = load<u8x16>(b), scales = both & 15;
+        uint64_t lows[2] = {load<uint64_t>(b) >> 4 & LOW_NIBBLES, load<uint64_t>(b + 8) >> 4 & LOW_NIBBLES};
+        for (int half = 0; half < 2; ++half) {
+            sink.low(2 * s + half, bytes_to_floats(lows[half]) * d_low);
+            u8x32 quads = load<u8x32>(b + 16 + 32 * half);
+            u8x32 codes[4] = {field<0>(quads, 3), field<2>(quads, 3), field<4>(quads, 3), field<6>(quads, 3)};
+            for (int j = 0; j < 4; ++j) {
+                // Two bytes at a time: no product is above 45, so nothing runs over from one into the other.
+                u8x32 each = look_up(scales, SECOND + uint8_t(8 * half + 2 * j));
+                u16x16 products = bits<u16x16>(codes[j]) * (bits<u16x16>(each) & 255);
+                sink.put_unsigned(8 * s + 4 * half + j, bits<u8x32>(products), sink.one_of(factors, 4 * half + j));
+            }
         }
     }
 };

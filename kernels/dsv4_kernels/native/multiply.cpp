@@ -1,13 +1,13 @@
 // Matrix products on packed rows. A few tokens: each row is unpacked in registers and met with each token at once. Many
-// tokens: four rows are unpacked into a small buffer, which then meets all tokens. Both add in the same order, so a token's
-// result does not depend on how many came with it.
+// tokens: four rows are unpacked into a tile (see lanes.h), which then meets all tokens. Either way a token's result depends
+// neither on how many came with it nor on where rows were cut; but a tile adds bytes' products in another order than a row, so
+// it does depend on whether few came or many, as far as the order of float32 sums goes.
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
-#include "aligned.h"
 #include "floats.h"
 #include "formats.h"
+#include "lanes.h"
 #include "planes.h"
 #include "pool.h"
 
@@ -17,10 +17,6 @@ Grid<8, 2> iq2_xxs_grid;
 Grid<4, 3> iq3_xxs_grid;
 
 namespace {
-
-constexpr int TILE = 4;        // rows that are unpacked together
-constexpr int TOGETHER = REGISTERS >= 32 && ANY_BYTES ? 4 : 2;  // tokens that meet a tile at once: their sums stay in registers
-constexpr int64_t FEW = 3;     // tokens up to which unpacking again is cheaper
 
 Row row_of(const Weight& w, int64_t row) {
     const uint8_t* scales = w.scales ? w.scales + row * w.scale_cols * (w.float_scales ? 4 : 1) : nullptr;
@@ -46,7 +42,7 @@ struct Bytes {
     template <class F>
     static Bytes of(const Activations& x, int64_t row) {
         const float* sums = F::LOW == 16 ? x.sum16 + row * (x.cols / 16) : x.sum32 + row * (x.cols / 32);
-        return {x.q + row * x.cols, x.d + row * (x.cols / 32), F::LOW ? sums : nullptr};
+        return {x.q + row * x.cols, x.d + row * whole_groups(x.cols) * 8, F::LOW ? sums : nullptr};
     }
 };
 
@@ -88,137 +84,57 @@ struct Dot {
     float total() const { return sum(even + odd) - sum(below); }
 };
 
-// Four rows, unpacked once and met with some tokens at a time: what is loaded serves each of them or four times.
-//
-// Where unsigned bytes of any size may meet signed ones, weights are kept as 128 more than they are, and what that is too much comes
-// off before the products are summed; elsewhere as numbers and magnitudes, whose signs move to the activations. Both are exact.
-//
-// A block's product is scaled by weight and activation together; these factors are made beforehand, eight in one go, where the
-// weights have one scale per block.
+// How much more than they are a tile keeps weights, so that they are bytes without a sign.
 template <class F>
-struct Tile {
-    using Scale = std::conditional_t<F::HALVES, f32x8, float>;
+constexpr int RAISED = F::LOW ? 0 : ANY_BYTES ? 128 : F::PREPARED ? 64 : F::ABOVE;
 
-    struct Sink : AsTheyAre {
-        int8_t* w;
-        uint8_t* sizes;
-        Scale* scales;
-        f32x8* lows;
+template <class F>
+using TileOf = Tile<F::HALVES, F::LOW, RAISED<F>, !F::LOW && !RAISED<F>>;
 
-        DSV4_INLINE void put(int64_t k, i8x32 v, Scale scale) {
-            if constexpr (ANY_BYTES) {
-                store(sizes + 32 * k, u8x32(v) ^ uint8_t(128));
-            } else {
-                store(w + 32 * k, v);
-                store(sizes + 32 * k, magnitudes(v));
-            }
-            store(scales + k, scale);
-        }
-        DSV4_INLINE void put_unsigned(int64_t k, u8x32 v, Scale scale) { put(k, i8x32(v), scale); }
-        DSV4_INLINE void put_above(int64_t k, u8x32 v, Scale scale) { put(k, i8x32(v - uint8_t(F::ABOVE)), scale); }
-        DSV4_INLINE void put_signed(int64_t k, u8x32 size, uint32_t minus, Scale scale) {
-            put(k, negate(i8x32(size), minus), scale);
-        }
-        DSV4_INLINE void low(int64_t i, f32x8 m) { store(lows + i, m); }
-    };
+// Row r of a tile, as it is unpacked: bytes first as they come, since eight blocks are turned at once.
+template <class F>
+struct RowOfTile {
+    const TileOf<F>& tile;
+    int r;
+    uint8_t* bytes;  // [cols]
+    float* steps;    // [cols / 16], where halves have scales of their own
 
-    explicit Tile(int64_t cols) : cols(cols), blocks(cols / 32), groups(F::LOW ? cols / F::LOW / 8 : 0) {
-        padded = (blocks + 7) / 8 * 8;
-        size_t bytes = size_t(TILE * (2 * cols + padded * sizeof(Scale) + groups * sizeof(f32x8) + TOGETHER * padded * 4));
-        if (memory.size() < bytes) memory.resize(bytes);
-        lows = reinterpret_cast<f32x8*>(memory.data());
-        scales = reinterpret_cast<Scale*>(lows + TILE * groups);
-        factors = reinterpret_cast<float*>(scales + TILE * padded);
-        w = reinterpret_cast<int8_t*>(factors + TILE * TOGETHER * padded);
-        sizes = reinterpret_cast<uint8_t*>(w + TILE * cols);
+    DSV4_INLINE float scaled(int64_t k, float scale) const { return tile.scales_of(k / 8, 0, r)[k % 8] = scale; }
+    DSV4_INLINE f32x8 scaled(int64_t k, f32x8 scales) const {
+        store(tile.scales_of(k / 8, 0, r), scales);
+        return scales;
     }
-
-    void unpack(const Weight& weight, int64_t first, int rows) {
-        for (int r = 0; r < rows; ++r) {
-            Sink sink[1] = {{{}, w + r * cols, sizes + r * cols, scales + r * padded, lows + r * groups}};
-            Row row[1] = {row_of(weight, first + r)};
-            visit<F>(row, cols, sink, behind(weight, first + r, 1));
-        }
+    DSV4_INLINE f32x8 scaled_halves(int64_t k, f32x8 scales) const {
+        store(steps + 2 * k, scales);
+        return scales;
     }
+    DSV4_INLINE float one_of(f32x8, int) const { return 0.0f; }  // all of them are kept already
 
-    // y[t][r] for TOKENS tokens and the ROWS unpacked rows from `first` on.
-    template <int TOKENS, int ROWS>
-    DSV4_INLINE void multiply(const Bytes (&a)[TOKENS], int first, float (&y)[TOKENS][TILE]) {
-        if constexpr (!F::HALVES) prepare<TOKENS, ROWS>(a, first);
-        f32x8 even[TOKENS][ROWS] = {}, odd[TOKENS][ROWS] = {};
-        for (int64_t k = 0; k < blocks; k += 2) add<TOKENS, ROWS>(a, first, k, even);
-        for (int64_t k = 1; k < blocks; k += 2) add<TOKENS, ROWS>(a, first, k, odd);
-        for (int t = 0; t < TOKENS; ++t)
-            for (int r = 0; r < ROWS; ++r) y[t][first + r] = sum(even[t][r] + odd[t][r]) - below(a[t], first + r);
-    }
-
-private:
-    template <int TOKENS, int ROWS>
-    DSV4_INLINE void prepare(const Bytes (&a)[TOKENS], int first) {
-        int64_t whole = blocks / 8 * 8;
-        for (int t = 0; t < TOKENS; ++t)
-            for (int r = 0; r < ROWS; ++r) {
-                const Scale* from = scales + (first + r) * padded;
-                float* to = factors + (t * TILE + first + r) * padded;
-                for (int64_t k = 0; k < whole; k += 8) store(to + k, load<f32x8>(from + k) * load<f32x8>(a[t].d + k));
-                for (int64_t k = whole; k < blocks; ++k) to[k] = from[k] * a[t].d[k];
-            }
-    }
-
-    template <int TOKENS, int ROWS>
-    DSV4_INLINE void add(const Bytes (&a)[TOKENS], int first, int64_t k, f32x8 (&sums)[TOKENS][ROWS]) const {
-        i8x32 block[TOKENS];
-        i32x8 above[TOKENS] = {};
-        for (int t = 0; t < TOKENS; ++t) {
-            block[t] = load<i8x32>(a[t].q + 32 * k);
-            if constexpr (ANY_BYTES) above[t] = -dot_unsigned(u8x32{} + uint8_t(128), block[t]);
-        }
-        for (int r = 0; r < ROWS; ++r) {
-            int row = first + r;
-            i8x32 v = {};
-            if constexpr (!ANY_BYTES) v = load<i8x32>(w + row * cols + 32 * k);
-            u8x32 size = load<u8x32>(sizes + row * cols + 32 * k);
-            for (int t = 0; t < TOKENS; ++t) {
-                i32x8 whole = ANY_BYTES ? dot_unsigned(size, block[t], above[t]) : dot(size, v, block[t]);
-                f32x8 products = to_float(whole);
-                if constexpr (F::HALVES)
-                    sums[t][r] = fma(products, scales[row * padded + k] * splat(a[t].d[k]), sums[t][r]);
-                else
-                    sums[t][r] = fma(products, splat(factors[(t * TILE + row) * padded + k]), sums[t][r]);
-            }
-        }
-    }
-
-    DSV4_INLINE float below(const Bytes& a, int row) const {
-        f32x8 total = {};
-        for (int64_t i = 0; i < groups; ++i) total = fma(lows[row * groups + i], load<f32x8>(a.sums + 8 * i), total);
-        return sum(total);
-    }
-
-    static thread_local Aligned<char> memory;
-    int64_t cols, blocks, groups, padded;
-    int8_t* w;
-    uint8_t* sizes;
-    Scale* scales;
-    f32x8* lows;
-    float* factors;
+    template <class S>
+    DSV4_INLINE void put(int64_t k, i8x32 v, S) { store(bytes + 32 * k, u8x32(v) + uint8_t(RAISED<F>)); }
+    template <class S>
+    DSV4_INLINE void put_unsigned(int64_t k, u8x32 v, S scale) { put(k, i8x32(v), scale); }
+    template <class S>
+    DSV4_INLINE void put_above(int64_t k, u8x32 v, S scale) { put(k, i8x32(v - uint8_t(F::ABOVE)), scale); }
+    template <class S>
+    DSV4_INLINE void put_signed(int64_t k, u8x32 size, uint32_t minus, S scale) { put(k, negate(i8x32(size), minus), scale); }
+    DSV4_INLINE void low(int64_t i, f32x8 m) { store(tile.lows_of(i, r), m); }
 };
 
 template <class F>
-thread_local Aligned<char> Tile<F>::memory;
-
-// All unpacked rows of a tile with TOKENS tokens, from picked[i] on.
-template <class F, int TOKENS>
-DSV4_INLINE void meet(Tile<F>& tile, int rows, const Activations& x, const Picked& picked, int64_t i, float* y,
-                      int64_t y_stride) {
-    Bytes a[TOKENS];
-    float found[TOKENS][TILE];
-    for (int t = 0; t < TOKENS; ++t) a[t] = Bytes::of<F>(x, picked[i + t]);
-    if (rows == TILE)
-        tile.template multiply<TOKENS, TILE>(a, 0, found);
-    else
-        for (int r = 0; r < rows; ++r) tile.template multiply<TOKENS, 1>(a, r, found);
-    for (int t = 0; t < TOKENS; ++t) std::copy(found[t], found[t] + rows, y + (i + t) * y_stride);
+void unpack(const TileOf<F>& tile, int r, const Row& row, int64_t cols, const uint8_t* next) {
+    thread_local Aligned<char> memory;
+    int64_t blocks = cols / 32, groups = whole_groups(cols);
+    if (memory.size() < size_t(groups) * (256 + 64)) memory.resize(size_t(groups) * (256 + 64));
+    uint8_t* bytes = reinterpret_cast<uint8_t*>(memory.data());
+    RowOfTile<F> sinks[1] = {{tile, r, bytes, reinterpret_cast<float*>(bytes + groups * 256)}};
+    Row rows[1] = {row};
+    visit<F>(rows, cols, sinks, next);
+    for (int64_t g = 0; g < groups; ++g) {
+        tile.set(g, r, bytes + 256 * g);
+        if constexpr (F::HALVES) apart(sinks[0].steps + 16 * g, tile.scales_of(g, 0, r), tile.scales_of(g, 1, r));
+    }
+    for (int64_t k = blocks; k < 8 * groups; ++k) sinks[0].scaled(k, 0.0f);
 }
 
 // ROWS rows from `first` on with one token.
@@ -246,23 +162,26 @@ void multiply_few(const Weight& weight, int64_t begin, int64_t end, const Activa
             dots<F, 1>(weight, row, Bytes::of<F>(x, picked[i]), y + i * y_stride + row - begin);
 }
 
+// Apart from the rest: the compiler makes less of what is done for one token where so much code stands beside it.
 template <class F>
+__attribute__((noinline)) void multiply_many(const Weight& weight, int64_t begin, int64_t end, const Activations& x,
+                                             const Picked& picked, float* y, int64_t y_stride) {
+    TileOf<F> tile(weight.cols);
+    for (int64_t row = begin; row < end; row += TILE) {
+        for (int r = 0; r < TILE; ++r) {  // what the last tile has too many is the last row again
+            int64_t number = std::min(row + r, end - 1);
+            unpack<F>(tile, r, row_of(weight, number), weight.cols, behind(weight, number, 1));
+        }
+        meet_all(tile, int(std::min<int64_t>(TILE, end - row)), x, picked, y + row - begin, y_stride);
+    }
+}
+
+// MANY: the format as a tile takes it.
+template <class F, class MANY>
 void multiply_bytes(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
                     int64_t y_stride) {
-    if (picked.count <= FEW) {
-        multiply_few<F>(weight, begin, end, x, picked, y, y_stride);
-        return;
-    }
-    Tile<F> tile(weight.cols);
-    for (int64_t row = begin; row < end; row += TILE) {
-        int rows = int(std::min<int64_t>(TILE, end - row));
-        tile.unpack(weight, row, rows);
-        int64_t i = 0;
-        for (; i + TOGETHER <= picked.count; i += TOGETHER)
-            meet<F, TOGETHER>(tile, rows, x, picked, i, y + row - begin, y_stride);
-        for (; i + 1 < picked.count; i += 2) meet<F, 2>(tile, rows, x, picked, i, y + row - begin, y_stride);
-        if (i < picked.count) meet<F, 1>(tile, rows, x, picked, i, y + row - begin, y_stride);
-    }
+    bool few = picked.count <= FEW || !x.lanes;  // a token may be picked more than once
+    (few ? multiply_few<F> : multiply_many<MANY>)(weight, begin, end, x, picked, y, y_stride);
 }
 
 // ---- Formats whose weights are floats, multiplied with the activations as they are ----
@@ -379,9 +298,9 @@ struct Kind {
 
 constexpr Wants AS_THEY_ARE = {false, Order::PLAIN, false};
 
-template <class F>
+template <class F, class MANY = F>
 constexpr Kind bytes() {
-    return {{true, F::SPLIT ? Order::SPLIT : Order::PLAIN, F::LOW != 0}, multiply_bytes<F>, multiply_exactly<F>};
+    return {{true, F::SPLIT ? Order::SPLIT : Order::PLAIN, F::LOW != 0}, multiply_bytes<F, MANY>, multiply_exactly<F>};
 }
 
 #if DSV4_LOOKS_UP_MANY
@@ -397,7 +316,7 @@ constexpr Kind floats() {
 
 const Kind kinds[FORMATS] = {  // in the order of enum Format
     floats<F32Format>(), floats<F16Format>(), floats<BF16Format>(), floats<FP8Format>(), bytes<Q8_0Format>(),
-    bytes<MXFP4Format>(), bytes<FP4Format>(), bytes<Q2_KFormat>(), bytes<Q3_KFormat>(), bytes<Q4_KFormat>(),
+    bytes<MXFP4Format>(), bytes<FP4Format>(), bytes<Q2_KFormat, Q2_KProductsFormat>(), bytes<Q3_KFormat>(), bytes<Q4_KFormat>(),
     bytes<Q5_KFormat>(), bytes<Q6_KFormat>(), IQ2_XXS_KIND, bytes<IQ3_XXSFormat>()};
 
 }  // namespace

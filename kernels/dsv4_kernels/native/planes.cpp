@@ -14,8 +14,8 @@
 
 #include <algorithm>
 
-#include "aligned.h"
 #include "formats.h"
+#include "lanes.h"
 
 namespace dsv4 {
 namespace {
@@ -27,8 +27,7 @@ typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef float f32x16 __attribute__((vector_size(64)));
 
 constexpr int64_t BYTES = 66, UNIT = 256, COUNT = 8;  // of a row: bytes that are so many weights, in so many planes
-constexpr int PAIR = 2, TILE = 4, TOGETHER = 4;       // rows in a register; rows and tokens that meet at once
-constexpr int64_t FEW = 3;                            // tokens up to which looking up again is cheaper
+constexpr int PAIR = 2;                               // rows in a register
 
 struct Tables {
     alignas(64) uint8_t low[256], high[256];  // of each point: two bits for the size of each of its weights
@@ -139,73 +138,16 @@ DSV4_INLINE void dots(const uint8_t* first, const uint8_t* second, int64_t units
     for (int r = 0; r < PAIR; ++r) y[r] = sum(half<f32x8>(total, r));
 }
 
-// Four rows as bytes, met with several tokens at a time.
-class Tile {
-public:
-    explicit Tile(int64_t cols) : cols(cols), blocks(cols / 32) {
-        size_t bytes = size_t(TILE * cols) + size_t(TILE * blocks) * sizeof(float);
-        if (memory.size() < bytes) memory.resize(bytes);
-        w = reinterpret_cast<uint8_t*>(memory.data());
-        scales = reinterpret_cast<float*>(w + TILE * cols);
+using PlanesTile = Tile<false, 0, 128, false>;
+
+// Rows first and second become rows r and r + 1 of the tile.
+DSV4_INLINE void unpack(const PlanesTile& tile, const uint8_t* first, const uint8_t* second, int64_t units, int r, const uint8_t* next) {
+    for (int64_t s = 0; s < units; ++s) {
+        Eight eight(first + BYTES * s, second + BYTES * s);
+        fetch<PAIR * BYTES>(next + PAIR * BYTES * s);
+        eight.planes([&](int p, u8x64 bytes) { store(tile.vector_of(s, p, r), bytes); });
+        store(tile.scales_of(s, 0, r), eight.scales);
     }
-
-    // Rows first and second become rows r and r + 1 of the tile.
-    void unpack(const uint8_t* first, const uint8_t* second, int r, const uint8_t* next) {
-        uint8_t *w0 = w + r * cols, *w1 = w0 + cols;
-        float *scales0 = scales + r * blocks, *scales1 = scales0 + blocks;
-        for (int64_t s = 0; s < cols / UNIT; ++s) {
-            Eight eight(first + BYTES * s, second + BYTES * s);
-            fetch<PAIR * BYTES>(next + PAIR * BYTES * s);
-            eight.planes([&](int p, u8x64 bytes) {
-                store(w0 + UNIT * s + 32 * p, half<u8x32>(bytes, 0));
-                store(w1 + UNIT * s + 32 * p, half<u8x32>(bytes, 1));
-            });
-            store(scales0 + COUNT * s, half<f32x8>(eight.scales, 0));
-            store(scales1 + COUNT * s, half<f32x8>(eight.scales, 1));
-        }
-    }
-
-    template <int TOKENS>
-    DSV4_INLINE void multiply(const Token (&a)[TOKENS], float (&y)[TOKENS][TILE]) const {
-        f32x8 totals[TOKENS][TILE] = {};
-        for (int64_t s = 0; s < cols / UNIT; ++s) {
-            i32x8 sums[TOKENS][TILE];
-            for (int t = 0; t < TOKENS; ++t)
-                for (int r = 0; r < TILE; ++r) sums[t][r] = load<i32x8>(a[t].offsets + COUNT * s);
-            for (int p = 0; p < COUNT; ++p) {
-                i8x32 q[TOKENS];
-                for (int t = 0; t < TOKENS; ++t) q[t] = kept(load<i8x32>(a[t].q + UNIT * s + 32 * p));
-                for (int r = 0; r < TILE; ++r) {
-                    u8x32 plane = kept(load<u8x32>(w + r * cols + UNIT * s + 32 * p));
-                    for (int t = 0; t < TOKENS; ++t) sums[t][r] = dsv4::dot_unsigned(plane, q[t], sums[t][r]);
-                }
-            }
-            for (int t = 0; t < TOKENS; ++t)
-                for (int r = 0; r < TILE; ++r) {
-                    f32x8 factors = load<f32x8>(scales + r * blocks + COUNT * s) * load<f32x8>(a[t].d + COUNT * s);
-                    totals[t][r] = fma(to_float(sums[t][r]), factors, totals[t][r]);
-                }
-        }
-        for (int t = 0; t < TOKENS; ++t)
-            for (int r = 0; r < TILE; ++r) y[t][r] = sum(totals[t][r]);
-    }
-
-private:
-    static thread_local Aligned<char> memory;
-    int64_t cols, blocks;
-    uint8_t* w;     // [TILE, cols], in the order of planes
-    float* scales;  // [TILE, blocks]
-};
-
-thread_local Aligned<char> Tile::memory;
-
-template <int TOKENS>
-void meet(const Tile& tile, int rows, const Activations& x, const Picked& picked, int64_t i, float* y, int64_t y_stride) {
-    Token a[TOKENS];
-    float found[TOKENS][TILE];
-    for (int t = 0; t < TOKENS; ++t) a[t] = Token(x, picked[i + t]);
-    tile.multiply<TOKENS>(a, found);
-    for (int t = 0; t < TOKENS; ++t) std::copy(found[t], found[t] + rows, y + (i + t) * y_stride);
 }
 
 }  // namespace
@@ -235,14 +177,11 @@ void multiply_planes(const Weight& weight, int64_t begin, int64_t end, const Act
             }
         return;
     }
-    Tile tile(weight.cols);
+    PlanesTile tile(weight.cols);
     for (int64_t first = begin; first < end; first += TILE) {
-        int rows = int(std::min<int64_t>(TILE, end - first));
-        for (int r = 0; r < TILE; r += PAIR) tile.unpack(row(first + r), row(first + r + 1), r, behind(weight, first + r, PAIR));
-        float* to = y + first - begin;
-        int64_t i = 0;
-        for (; i + TOGETHER <= picked.count; i += TOGETHER) meet<TOGETHER>(tile, rows, x, picked, i, to, y_stride);
-        for (; i < picked.count; ++i) meet<1>(tile, rows, x, picked, i, to, y_stride);
+        for (int r = 0; r < TILE; r += PAIR)
+            unpack(tile, row(first + r), row(first + r + 1), units, r, behind(weight, first + r, PAIR));
+        meet_all(tile, int(std::min<int64_t>(TILE, end - first)), x, picked, y + first - begin, y_stride);
     }
 }
 

@@ -31,6 +31,7 @@ typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef int16_t i16x32 __attribute__((vector_size(64)));
 typedef uint16_t u16x8 __attribute__((vector_size(16)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef uint8_t u8x8 __attribute__((vector_size(8)));
 typedef int8_t i8x8 __attribute__((vector_size(8)));
 typedef uint64_t u64x4 __attribute__((vector_size(32)));
@@ -339,6 +340,47 @@ DSV4_INLINE u32x8 odd_lanes(const uint8_t* from) {
     u32x8 v;
     for (int i = 0; i < 8; ++i) v[i] = load<uint32_t>(from + 8 * i + 4);
     return v;
+#endif
+}
+
+// The even ones of sixteen numbers in a row, and the odd ones.
+DSV4_INLINE void apart(const float* from, float* evens, float* odds) {
+    f32x8 a = load<f32x8>(from), b = load<f32x8>(from + 8);
+#if DSV4_AVX2
+    auto picked = [](__m256 v) { return f32x8(_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8))); };
+    store(evens, picked(_mm256_shuffle_ps(__m256(a), __m256(b), 0x88)));
+    store(odds, picked(_mm256_shuffle_ps(__m256(a), __m256(b), 0xdd)));
+#else
+    store(evens, f32x8{a[0], a[2], a[4], a[6], b[0], b[2], b[4], b[6]});
+    store(odds, f32x8{a[1], a[3], a[5], a[7], b[1], b[3], b[5], b[7]});
+#endif
+}
+
+// Eight rows of eight fours of bytes; body(p, v) for each column of fours, p from 0 to 7.
+template <class Body>
+DSV4_INLINE void turned(const uint8_t* rows, Body&& body) {
+#if DSV4_AVX2
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+        // Fours of row i and, in the upper half, of row i + 4: two instructions that are no shuffles.
+        auto both = [&](int i) {
+            __m256i low = _mm256_castsi128_si256(load<__m128i>(rows + 32 * i + 16 * half));
+            return _mm256_inserti128_si256(low, load<__m128i>(rows + 32 * (i + 4) + 16 * half), 1);
+        };
+        __m256i a = both(0), b = both(1), c = both(2), d = both(3);
+        __m256i ab = _mm256_unpacklo_epi32(a, b), cd = _mm256_unpacklo_epi32(c, d);
+        body(4 * half, u8x32(_mm256_unpacklo_epi64(ab, cd)));
+        body(4 * half + 1, u8x32(_mm256_unpackhi_epi64(ab, cd)));
+        ab = _mm256_unpackhi_epi32(a, b), cd = _mm256_unpackhi_epi32(c, d);
+        body(4 * half + 2, u8x32(_mm256_unpacklo_epi64(ab, cd)));
+        body(4 * half + 3, u8x32(_mm256_unpackhi_epi64(ab, cd)));
+    }
+#else
+    for (int p = 0; p < 8; ++p) {
+        u32x8 v;
+        for (int i = 0; i < 8; ++i) v[i] = load<uint32_t>(rows + 32 * i + 4 * p);
+        body(p, bits<u8x32>(v));
+    }
 #endif
 }
 

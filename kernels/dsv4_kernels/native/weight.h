@@ -20,15 +20,25 @@ struct Weight {
 };
 
 // x [rows, cols] as float32 and, where a format multiplies bytes, as bytes: x ~ d * q, with one d for 32 values in a row.
+//
+// Blocks are counted in whole groups of eight: what lies behind a row's last block is zero. `lanes` and `first_offsets` are
+// there if there are more than FEW rows.
 struct Activations {
     const float* x;
     int64_t cols;
-    const int8_t* q;    // in the order in which the format's blocks unpack
-    const float* d;     // [rows, cols / 32]
-    const float* sum16;  // [rows, cols / 16]: sums of 16 rounded values, for formats with a minimum
-    const float* sum32;  // [rows, cols / 32]
-    const int32_t* offsets;  // [rows, cols / 32]: -128 times the sum of 32 rounded values, for those in planes
+    const int8_t* q = nullptr;     // [rows, cols], in the order in which the format's blocks unpack
+    const int8_t* lanes = nullptr; // [rows, groups, 256]: the same for tiles, four values of each block in turn (see lanes.h)
+    const float* d = nullptr;      // [rows, groups, 8]
+    const float* sum16 = nullptr;  // [rows, cols / 16]: sums of 16 rounded values, for formats with a minimum
+    const float* sum32 = nullptr;  // [rows, cols / 32]
+    const int32_t* offsets = nullptr;        // [rows, groups, 8]: -128 times the sum of a block's rounded values
+    const int32_t* first_offsets = nullptr;  // the same of its first half
 };
+
+constexpr int64_t FEW = 3;  // tokens up to which unpacking rows again for each is cheaper than a tile
+
+// Groups of eight blocks of 32, the last of which may be short.
+inline int64_t whole_groups(int64_t cols) { return (cols + 255) / 256; }
 
 // Which of these rows a product takes, in order: first, first + stride, ..., or those of a list.
 struct Picked {
