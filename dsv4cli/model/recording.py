@@ -138,7 +138,6 @@ class Recording:
         self.layout = layout
         self._device, self._records, self._of = device, records, dict[torch.device, Record | None]()
         self._ids, self._position = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
-        self._arrival: Tensor | None = None
         self._met: set[Hashable] = set()
         self._runs: dict[Hashable, Run] = {}
         if self._record(device) is None:
@@ -155,12 +154,6 @@ class Recording:
             return self._runs[kind].replay()
         self._met.add(kind)
         return compute(self._ids, self._position, at_once)
-
-    def arrived(self, given: Tensor) -> Tensor:
-        """The numbers of `given`, which the host computes, where all runs find them; always of one shape."""
-        if self._arrival is None:
-            self._arrival = torch.empty_like(given)
-        return self._arrival.copy_(given)
 
     def _recorded(self, kind: Hashable, compute: Compute) -> bool:
         """Records a run, without computing it or doing the host's part; where that fails, says why and never tries again."""

@@ -150,14 +150,12 @@ class Model:
         layout = self.tiers.layout if self.tiers else 0
         if state.recording is None or state.recording.layout != layout:
             state.recording = Recording(self.devices[0], recorder if self.records else _nothing, layout)
-        # The CPU's kernels do not embed; what they compute is queued, or on a tape, which knows no queue.
-        by_queue = backends.on_tape(ids.device.type)
-        embedded = state.recording.arrived(self._embedded(ids)) if by_queue else None
 
         def compute(ids: Tensor, live: Tensor, by_host: ByHost) -> Tensor:
-            with backends.queued() if by_queue else nullcontext():
+            # What is described is queued, so that it is computed meanwhile; a tape knows no queue.
+            with backends.queued() if backends.on_tape(ids.device.type) else nullcontext():
                 step = Step.at(ids, position, self.ropes[ids.device], live, by_host)
-                return self._computed(self._embedded(ids) if embedded is None else embedded, step, state, wanted)
+                return self._computed(self._embedded(ids), step, state, wanted)
 
         rows = state.recording.run((full, chooses, wanted), ids, position, compute)
         if self.tiers is not None:
@@ -166,7 +164,7 @@ class Model:
 
     def _embedded(self, ids: Tensor) -> Tensor:
         """ids [t] -> streams [t, hc_mult, hidden], all alike."""
-        return embed(ids, self.weights.embed).unsqueeze(1).repeat(1, self.config.hc_mult, 1)
+        return embed(ids, self.weights.embed, self.config.hc_mult)
 
     def _computed(self, streams: Tensor, step: Step, state: State, wanted: int) -> Tensor:
         """Moves the state over a step; logits [wanted, vocab] of its last tokens, or what is left of the streams."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsv4_kernels import backends
-from dsv4_kernels.linear import Norm, grouped_linear, linear, linears, ref
+from dsv4_kernels.linear import Norm, embed, grouped_linear, linear, linears, ref
 from dsv4_kernels.native.weights import FORMATS, native
 from dsv4_kernels.norm_rope import rms_norm
 from dsv4_quant.formats import FORMATS as ALL_FORMATS
@@ -226,3 +226,19 @@ def test_an_input_is_normed_before_it_is_multiplied(random: torch.Generator) -> 
     x, norm = torch.randn(2, 64, generator=random), Norm(torch.randn(64, generator=random), 1e-6)
     for part, expected in zip(linears(x, weights, norm), linears(rms_norm(x, *norm), weights), strict=True):
         assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_are_what_they_decode_to(name: str, random: torch.Generator) -> None:
+    for cols in columns(name):
+        table, ids = made(name, 5, cols, random), torch.tensor([4, 0, 4])
+        found = embed(ids, table)
+        assert found.shape == (3, cols)
+        assert_close(found, ref.embed(ids, table))
+        assert torch.equal(embed(ids, table, 3), found.unsqueeze(1).repeat(1, 3, 1))
+    assert embed(ids[:0], table, 2).shape == (0, 2, cols)
+
+
+def test_a_row_that_there_is_not_is_no_number(random: torch.Generator) -> None:
+    found = embed(torch.tensor([-1, 4, 5]), made("q8_0", 5, 64, random))
+    assert found.isnan().all(1).tolist() == [True, False, True]

@@ -53,8 +53,9 @@ def grouped_linear(x: Tensor, weight: Weight, *, backend: str | None = None) -> 
     return pick("linear", x.device.type, backend).module.grouped_linear(x, weight)
 
 
-def embed(ids: Tensor, table: Weight, *, backend: str | None = None) -> Tensor:
-    """Rows of a table: ids [t] int64, table [vocab, d] -> float32 [t, d]. Only these rows are decoded."""
+def embed(ids: Tensor, table: Weight, times: int | None = None, *, backend: str | None = None) -> Tensor:
+    """Rows of a table: ids [t] int64, table [vocab, d] -> float32 [t, d]; with times [t, times, d], each row so many times. Only
+    these rows are decoded."""
     demand_shape("ids", ids, None)
     demand_shape("table", table, None, None)
-    return pick("linear", ids.device.type, backend).module.embed(ids, table)
+    return pick("linear", ids.device.type, backend).module.embed(ids, table, times)

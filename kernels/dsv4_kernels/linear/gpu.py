@@ -64,16 +64,16 @@ def grouped_linear(x: Tensor, weight: Weight) -> Tensor:
     return out
 
 
-def embed(ids: Tensor, table: Weight) -> Tensor:
+def embed(ids: Tensor, table: Weight, times: int | None = None) -> Tensor:
     found = matrix(table)
     if found is None or ids.dtype != int64 or not ids.numel() or (isinstance(table, Tensor) and table.dtype != float32):
-        return ref.embed(ids, table)
+        return ref.embed(ids, table, times)
     out = alloc.empty((ids.shape[0], found.cols), float32, ids.device)
     subs = padded(min(found.subs, 1024 // found.layout.lanes))
     _embed[(ids.shape[0], triton.cdiv(found.subs, subs))](
         dense(ids), found.data, found.apart, out, found.subs, found.cols, found.row_bytes, found.apart_cols,
         FORMAT=found.format, FIELDS=found.layout.fields, LANES=found.layout.lanes, SUBS=subs)
-    return out
+    return out if times is None else out.unsqueeze(1).repeat(1, times, 1)
 
 
 def few_tile(layout: Layout, tokens: int, subs: int, rows: int, sizes: Sizes) -> tuple[int, int]:

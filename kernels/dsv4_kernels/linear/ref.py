@@ -27,8 +27,9 @@ def grouped_linear(x: Tensor, weight: Packed | Tensor) -> Tensor:
     return torch.einsum("tgi,goi->tgo", x, matrices)
 
 
-def embed(ids: Tensor, table: Packed | Tensor) -> Tensor:
-    return table.rows(ids) if isinstance(table, Packed) else table[ids]
+def embed(ids: Tensor, table: Packed | Tensor, times: int | None = None) -> Tensor:
+    rows = table.rows(ids) if isinstance(table, Packed) else table[ids]
+    return rows if times is None else rows.unsqueeze(1).repeat(1, times, 1)
 
 
 def _expanded(weight: Packed | Tensor, x: Tensor) -> Tensor:

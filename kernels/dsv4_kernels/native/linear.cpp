@@ -1,5 +1,6 @@
 // Products of a few or many tokens with one matrix, or with one matrix for each group.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "api.h"
@@ -71,6 +72,21 @@ void linears(const float* x, int64_t tokens, const Matrices& matrices, float* y)
     });
 }
 
+// Who asks for a row that there is not gets an answer that nobody takes for one.
+void embed(const int64_t* ids, int64_t t, const Weight& table, int64_t times, float* out) {
+    int64_t d = table.cols;
+    parallel(t, items_for(int64_t(1) << 14, d * times), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            float* first = out + i * times * d;
+            if (ids[i] >= 0 && ids[i] < table.rows)
+                widen(table, ids[i], first);
+            else
+                std::fill_n(first, d, NAN);
+            for (int64_t copy = 1; copy < times; ++copy) std::copy_n(first, d, first + copy * d);
+        }
+    });
+}
+
 }  // namespace
 
 // The look-up tables of the IQ formats: 256 points of eight and of four bytes.
@@ -80,6 +96,12 @@ DSV4_API void dsv4_set_grids(const uint8_t* iq2_xxs, const uint8_t* iq3_xxs) {
     set_planes(iq2_xxs_grid);
 #endif
     iq3_xxs_grid.set(iq3_xxs);
+}
+
+// ids [t], table [vocab, d] -> out [t, times, d]: rows of the table, each so many times.
+DSV4_API void dsv4_embed(const int64_t* ids, int64_t t, const Weight* table, int64_t times, float* out) {
+    Weight w = *table;
+    submit([=] { embed(ids, t, w, times, out); });
 }
 
 // x [tokens, groups, cols], weight [groups * out, cols] -> y [tokens, groups * out].

@@ -242,6 +242,17 @@ void multiply_floats(const Weight& w, int64_t begin, int64_t end, const Activati
     }
 }
 
+template <class F>
+void widen_floats(const Weight& w, int64_t row, float* to) {
+    const uint8_t* data = w.data + row * w.row_bytes;
+    for (int64_t start = 0, span = 0; start < w.cols; start += SPAN, ++span) {
+        int64_t stop = std::min(start + SPAN, w.cols), i = start;
+        float scale = span_scale(w, row, span);
+        for (; i + 8 <= stop; i += 8) store(to + i, F::eight(data + i * F::BYTES) * splat(scale));
+        for (; i < stop; ++i) to[i] = F::one(data + i * F::BYTES) * scale;
+    }
+}
+
 // ---- Byte formats whose products may not round the activations: each row is widened to floats ----
 
 template <class F>
@@ -275,43 +286,54 @@ private:
 };
 
 template <class F>
+void widen_bytes(const Weight& weight, int64_t row, float* to) {
+    thread_local std::vector<float> lows;
+    lows.resize(std::max(lows.size(), size_t(F::LOW ? weight.cols / F::LOW : 0)));
+    Floats<F> floats[1] = {{{}, to, lows.data()}};
+    Row packed[1] = {row_of(weight, row)};
+    visit<F>(packed, weight.cols, floats, behind(weight, row, 1));
+    floats[0].finish(weight.cols);
+}
+
+template <class F>
 void multiply_exactly(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
                       int64_t y_stride) {
-    thread_local std::vector<float> memory;
-    memory.resize(std::max(memory.size(), size_t(2 * weight.cols)));
-    Floats<F> floats[1] = {{{}, memory.data(), memory.data() + weight.cols}};
-    Weight one{reinterpret_cast<const uint8_t*>(floats[0].row), nullptr, 1, weight.cols, weight.cols * 4, 0, F32, 0, 0};
+    thread_local std::vector<float> wide;
+    wide.resize(std::max(wide.size(), size_t(weight.cols)));
+    Weight one{reinterpret_cast<const uint8_t*>(wide.data()), nullptr, 1, weight.cols, weight.cols * 4, 0, F32, 0, 0};
     for (int64_t row = begin; row < end; ++row) {
-        Row packed[1] = {row_of(weight, row)};
-        visit<F>(packed, weight.cols, floats, behind(weight, row, 1));
-        floats[0].finish(weight.cols);
+        widen_bytes<F>(weight, row, wide.data());
         multiply_floats<F32Format>(one, 0, 1, x, picked, y + row - begin, y_stride);
     }
 }
 
 using Multiply = void(const Weight&, int64_t, int64_t, const Activations&, const Picked&, float*, int64_t);
+using Widen = void(const Weight&, int64_t, float*);
 
 struct Kind {
     Wants wants;
     Multiply *usual, *exact;
+    Widen* widen;
 };
 
 constexpr Wants AS_THEY_ARE = {false, Order::PLAIN, false};
 
 template <class F, class MANY = F>
 constexpr Kind bytes() {
-    return {{true, F::SPLIT ? Order::SPLIT : Order::PLAIN, F::LOW != 0}, multiply_bytes<F, MANY>, multiply_exactly<F>};
+    return {{true, F::SPLIT ? Order::SPLIT : Order::PLAIN, F::LOW != 0}, multiply_bytes<F, MANY>, multiply_exactly<F>,
+            widen_bytes<F>};
 }
 
 #if DSV4_LOOKS_UP_MANY
-constexpr Kind IQ2_XXS_KIND = {{true, Order::PLANES, false}, multiply_planes, multiply_exactly<IQ2_XXSFormat>};
+constexpr Kind IQ2_XXS_KIND = {{true, Order::PLANES, false}, multiply_planes, multiply_exactly<IQ2_XXSFormat>,
+                                widen_bytes<IQ2_XXSFormat>};
 #else
 constexpr Kind IQ2_XXS_KIND = bytes<IQ2_XXSFormat>();
 #endif
 
 template <class F>
 constexpr Kind floats() {
-    return {AS_THEY_ARE, multiply_floats<F>, multiply_floats<F>};
+    return {AS_THEY_ARE, multiply_floats<F>, multiply_floats<F>, widen_floats<F>};
 }
 
 const Kind kinds[FORMATS] = {  // in the order of enum Format
@@ -328,6 +350,8 @@ void multiply(const Weight& weight, int64_t begin, int64_t end, const Activation
     const Kind& kind = kinds[weight.format];
     (weight.exact ? kind.exact : kind.usual)(weight, begin, end, x, picked, y, y_stride);
 }
+
+void widen(const Weight& weight, int64_t row, float* to) { kinds[weight.format].widen(weight, row, to); }
 
 int64_t rows_per_piece(int64_t rows, int64_t cols, int64_t tokens) {
     int64_t enough = std::max<int64_t>(1, (int64_t(1) << 16) / std::max<int64_t>(1, cols * tokens));

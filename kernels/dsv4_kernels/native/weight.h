@@ -72,6 +72,9 @@ Activations rounded(const float* x, int64_t count, int64_t cols, Wants wants, in
 void multiply(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
               int64_t y_stride);
 
+// One row [cols] as floats.
+void widen(const Weight& weight, int64_t row, float* to);
+
 // Rows that make a piece of work worth handing to a thread, few enough that none of them waits long for the others.
 int64_t rows_per_piece(int64_t rows, int64_t cols, int64_t tokens);
 
