@@ -225,7 +225,7 @@ constexpr uint64_t LOW_NIBBLES = 0x0f0f0f0f0f0f0f0fu;
 
 struct Q2_KFormat {
     static constexpr bool HALVES = true, SPLIT = false, PREPARED = false;
-    static constexpr int LOW = 16, ABOVE = 0, BYTES = 84, UNIT = 256, ROWS = 2;
+    static constexpr int LOW = 16, ABOVE = 0, BYTES = 84, UNIT = 256, ROWS = IN_64_BYTES ? 4 : 2;
 
     template <class Sink>
     static DSV4_INLINE void unit(const Row& row, int64_t s, Sink& sink) {

@@ -3,6 +3,7 @@
 // neither on how many came with it nor on where rows were cut; but a tile adds bytes' products in another order than a row, so
 // it does depend on whether few came or many, as far as the order of float32 sums goes.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "floats.h"
@@ -10,6 +11,7 @@
 #include "lanes.h"
 #include "planes.h"
 #include "pool.h"
+#include "quads.h"
 
 namespace dsv4 {
 
@@ -141,11 +143,15 @@ void unpack(const TileOf<F>& tile, int r, const Row& row, int64_t cols, const ui
 template <class F, int ROWS>
 DSV4_INLINE void dots(const Weight& weight, int64_t first, const Bytes& a, float* y) {
     Row rows[ROWS];
-    Dot<F::ABOVE> found[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
-        rows[r] = row_of(weight, first + r);
-        found[r].a = a;
+    for (int r = 0; r < ROWS; ++r) rows[r] = row_of(weight, first + r);
+#if DSV4_64_BYTES
+    if constexpr (std::is_same_v<F, Q2_KFormat>) {
+        dots_of_quads(rows, weight.cols, a.q, a.d, a.sums, behind(weight, first, ROWS), y);
+        return;
     }
+#endif
+    Dot<F::ABOVE> found[ROWS];
+    for (int r = 0; r < ROWS; ++r) found[r].a = a;
     visit<F>(rows, weight.cols, found, behind(weight, first, ROWS));
     for (int r = 0; r < ROWS; ++r) y[r] = found[r].total();
 }

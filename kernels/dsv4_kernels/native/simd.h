@@ -13,6 +13,9 @@
 #if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
 #define DSV4_VNNI 1
 #endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define DSV4_64_BYTES 1
+#endif
 #if defined(__AVX512BF16__) && defined(__AVX512VL__)
 #define DSV4_BF16 1
 #endif
@@ -248,6 +251,11 @@ constexpr uint64_t SPREAD = 0x0101010101010101u;  // times a byte: eight of it
 constexpr bool ANY_BYTES = true;  // dot_unsigned takes every w
 #else
 constexpr bool ANY_BYTES = false;
+#endif
+#if DSV4_64_BYTES
+constexpr bool IN_64_BYTES = true;  // registers of 64 bytes and sums of such products
+#else
+constexpr bool IN_64_BYTES = false;
 #endif
 #if (defined(__AVX512VL__) && DSV4_AVX2) || DSV4_NEON
 constexpr int REGISTERS = 32;
