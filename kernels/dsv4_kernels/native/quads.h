@@ -39,7 +39,7 @@ DSV4_INLINE __m512 add_quads(const uint8_t* b, const ForQuads& a, __m512 total) 
     const __m512i PLACES = _mm512_set_epi64(NOTHING + 11 * ONE, NOTHING + 9 * ONE, NOTHING + 10 * ONE, NOTHING + 8 * ONE,
                                             NOTHING + 3 * ONE, NOTHING + ONE, NOTHING + 2 * ONE, NOTHING);
     alignas(16) float d[4];
-    store_apart(d, f32x4(_mm_cvtph_ps(_mm_loadu_si32(b + 80))));
+    store_apart(d, f32x4(_mm_cvtph_ps(_mm_cvtsi32_si128(load<int32_t>(b + 80)))));
     __m128i bytes = load<__m128i>(b);
     __m512i scales = _mm512_broadcast_i32x4(bytes) & _mm512_set1_epi8(15);
     __m512i quads = kept(load<__m512i>(b + 16));
