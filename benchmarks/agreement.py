@@ -53,9 +53,11 @@ def dsv4(path: str, ids: Tensor, numerics: str, threads: int, *, reference: bool
     from dsv4_kernels import backends
     from dsv4_quant.files import open_source
     from dsv4cli.model.numerics import NUMERICS, Numerics
+    from dsv4cli.model.sizes import CACHE_BYTES
     from dsv4cli.model.transformer import Model
 
     NUMERICS[PRODUCTS] = Numerics(PRODUCTS, exact=False)
+    CACHE_BYTES[PRODUCTS] = CACHE_BYTES["plain"]
     native = dict(backends.NATIVE)
     if reference:
         backends.NATIVE.clear()
