@@ -128,8 +128,7 @@ class Model:
             else:
                 step = Step.at(piece, state.position, self.ropes[piece.device])
                 streams = self._embedded(piece)  # like the step, there longer than the queue
-                # All of a token's kernels are on their way before the first ones are done. Prompts keep them busy enough.
-                with backends.queued() if len(piece) == 1 and piece.device.type == "cpu" else nullcontext():
+                with _queued(piece):
                     rows = self._computed(streams, step, state, wanted)
                 state.position += len(piece)
             state.torn = False
@@ -152,8 +151,7 @@ class Model:
             state.recording = Recording(self.devices[0], recorder if self.records else _nothing, layout)
 
         def compute(ids: Tensor, live: Tensor, by_host: ByHost) -> Tensor:
-            # What is described is queued, so that it is computed meanwhile; a tape knows no queue.
-            with backends.queued() if backends.on_tape(ids.device.type) else nullcontext():
+            with _queued(ids):  # which is nothing where a tape or a graph is recorded
                 step = Step.at(ids, position, self.ropes[ids.device], live, by_host)
                 return self._computed(self._embedded(ids), step, state, wanted)
 
@@ -221,6 +219,11 @@ class Landing(NamedTuple):
     def take(self, *given: Tensor) -> None:
         for to, what in zip(self, given, strict=True):
             to.copy_(what, non_blocking=True)
+
+
+def _queued(ids: Tensor) -> AbstractContextManager[None]:
+    """All of a token's kernels on the CPU are on their way before the first ones are done. Prompts keep them busy enough."""
+    return backends.queued() if len(ids) == 1 and ids.device.type == "cpu" else nullcontext()
 
 
 def _nothing(device: torch.device) -> None:

@@ -73,7 +73,7 @@ def embed(ids: Tensor, table: Weight, times: int | None = None) -> Tensor:
     _embed[(ids.shape[0], triton.cdiv(found.subs, subs))](
         dense(ids), found.data, found.apart, out, found.subs, found.cols, found.row_bytes, found.apart_cols,
         FORMAT=found.format, FIELDS=found.layout.fields, LANES=found.layout.lanes, SUBS=subs)
-    return out if times is None else out.unsqueeze(1).repeat(1, times, 1)
+    return ref.repeated(out, times)
 
 
 def few_tile(layout: Layout, tokens: int, subs: int, rows: int, sizes: Sizes) -> tuple[int, int]:

@@ -28,7 +28,11 @@ def grouped_linear(x: Tensor, weight: Packed | Tensor) -> Tensor:
 
 
 def embed(ids: Tensor, table: Packed | Tensor, times: int | None = None) -> Tensor:
-    rows = table.rows(ids) if isinstance(table, Packed) else table[ids]
+    return repeated(table.rows(ids) if isinstance(table, Packed) else table[ids], times)
+
+
+def repeated(rows: Tensor, times: int | None) -> Tensor:
+    """rows [t, d] -> [t, times, d], or as they are."""
     return rows if times is None else rows.unsqueeze(1).repeat(1, times, 1)
 
 

@@ -39,7 +39,8 @@ struct Keys {
 };
 
 void keep_keys(const Keys& k) {
-    char* to = k.to + (k.first ? *k.first : 0) * k.d * (k.bf16 ? 2 : 4);
+    int64_t row_bytes = k.d * (k.bf16 ? 2 : 4);
+    char* to = k.to + (k.first ? *k.first : 0) * row_bytes;
     parallel(k.rows, items_for(GRAIN, k.d), [&](int64_t begin, int64_t end) {
         thread_local std::vector<float> memory;
         memory.resize(std::max(memory.size(), size_t(k.d)));
@@ -48,7 +49,7 @@ void keep_keys(const Keys& k) {
             norm_row(k.x + row * k.d, k.norm, k.d, k.eps, key);
             turn_pairs(key + k.d - 2 * k.pairs, k.turns + row * 2 * k.pairs, k.pairs, 1.0f);
             round_row_for_cache(key, k.d, k.rounding, 2 * k.pairs, k.block);
-            keep(key, k.d, k.bf16, to + row * k.d * (k.bf16 ? 2 : 4));
+            keep(key, k.d, k.bf16, to + row * row_bytes);
         }
     });
 }

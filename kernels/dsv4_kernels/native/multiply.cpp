@@ -33,6 +33,22 @@ struct AsTheyAre {
     DSV4_INLINE float one_of(f32x8 scales, int j) const { return scales[j]; }
 };
 
+// The other ways to put weights, for a sink `Self` that has `put` and wants them signed.
+template <class Self, int ABOVE>
+struct Signed {
+    template <class S>
+    DSV4_INLINE void put_unsigned(int64_t k, u8x32 v, S scale) { self().put(k, i8x32(v), scale); }
+    template <class S>
+    DSV4_INLINE void put_above(int64_t k, u8x32 v, S scale) { self().put(k, i8x32(v - uint8_t(ABOVE)), scale); }
+    template <class S>
+    DSV4_INLINE void put_signed(int64_t k, u8x32 size, uint32_t minus, S scale) {
+        self().put(k, negate(i8x32(size), minus), scale);
+    }
+
+private:
+    DSV4_INLINE Self& self() { return static_cast<Self&>(*this); }
+};
+
 DSV4_INLINE f32x8 spread(float factor) { return splat(factor); }
 DSV4_INLINE f32x8 spread(f32x8 factor) { return factor; }
 
@@ -95,7 +111,7 @@ using TileOf = Tile<F::HALVES, F::LOW, RAISED<F>, !F::LOW && !RAISED<F>>;
 
 // Row r of a tile, as it is unpacked: bytes first as they come, since eight blocks are turned at once.
 template <class F>
-struct RowOfTile {
+struct RowOfTile : Signed<RowOfTile<F>, F::ABOVE> {
     const TileOf<F>& tile;
     int r;
     uint8_t* bytes;  // [cols]
@@ -114,12 +130,6 @@ struct RowOfTile {
 
     template <class S>
     DSV4_INLINE void put(int64_t k, i8x32 v, S) { store(bytes + 32 * k, u8x32(v) + uint8_t(RAISED<F>)); }
-    template <class S>
-    DSV4_INLINE void put_unsigned(int64_t k, u8x32 v, S scale) { put(k, i8x32(v), scale); }
-    template <class S>
-    DSV4_INLINE void put_above(int64_t k, u8x32 v, S scale) { put(k, i8x32(v - uint8_t(F::ABOVE)), scale); }
-    template <class S>
-    DSV4_INLINE void put_signed(int64_t k, u8x32 size, uint32_t minus, S scale) { put(k, negate(i8x32(size), minus), scale); }
     DSV4_INLINE void low(int64_t i, f32x8 m) { store(tile.lows_of(i, r), m); }
 };
 
@@ -129,7 +139,7 @@ void unpack(const TileOf<F>& tile, int r, const Row& row, int64_t cols, const ui
     int64_t blocks = cols / 32, groups = whole_groups(cols);
     if (memory.size() < size_t(groups) * (256 + 64)) memory.resize(size_t(groups) * (256 + 64));
     uint8_t* bytes = reinterpret_cast<uint8_t*>(memory.data());
-    RowOfTile<F> sinks[1] = {{tile, r, bytes, reinterpret_cast<float*>(bytes + groups * 256)}};
+    RowOfTile<F> sinks[1] = {{{}, tile, r, bytes, reinterpret_cast<float*>(bytes + groups * 256)}};
     Row rows[1] = {row};
     visit<F>(rows, cols, sinks, next);
     for (int64_t g = 0; g < groups; ++g) {
@@ -262,7 +272,7 @@ void widen_floats(const Weight& w, int64_t row, float* to) {
 // ---- Byte formats whose products may not round the activations: each row is widened to floats ----
 
 template <class F>
-struct Floats : AsTheyAre {
+struct Floats : AsTheyAre, Signed<Floats<F>, F::ABOVE> {
     float *row, *lows;  // [cols], [cols / LOW]
 
     template <class S>
@@ -273,12 +283,6 @@ struct Floats : AsTheyAre {
             to[place] = float(w[i]) * of_half(scale, i / 16);
         }
     }
-    template <class S>
-    DSV4_INLINE void put_unsigned(int64_t k, u8x32 w, S scale) { put(k, i8x32(w), scale); }
-    template <class S>
-    DSV4_INLINE void put_above(int64_t k, u8x32 w, S scale) { put(k, i8x32(w - uint8_t(F::ABOVE)), scale); }
-    template <class S>
-    DSV4_INLINE void put_signed(int64_t k, u8x32 size, uint32_t minus, S scale) { put(k, negate(i8x32(size), minus), scale); }
     DSV4_INLINE void low(int64_t i, f32x8 m) { store(lows + 8 * i, m); }
 
     void finish(int64_t cols) {
@@ -295,7 +299,7 @@ template <class F>
 void widen_bytes(const Weight& weight, int64_t row, float* to) {
     thread_local std::vector<float> lows;
     lows.resize(std::max(lows.size(), size_t(F::LOW ? weight.cols / F::LOW : 0)));
-    Floats<F> floats[1] = {{{}, to, lows.data()}};
+    Floats<F> floats[1] = {{{}, {}, to, lows.data()}};
     Row packed[1] = {row_of(weight, row)};
     visit<F>(packed, weight.cols, floats, behind(weight, row, 1));
     floats[0].finish(weight.cols);

@@ -30,9 +30,8 @@ constexpr int64_t BYTES = 66, UNIT = 256, COUNT = 8;  // of a row: bytes that ar
 constexpr int PAIR = 2;                               // rows in a register
 
 struct Tables {
-    alignas(64) uint8_t low[256], high[256];  // of each point: two bits for the size of each of its weights
-    alignas(64) uint8_t signs[128];           // of seven bits: eight, of which an even number is set
-    alignas(64) uint8_t even[64], odd[64];    // weights: sizes of bits 0-1 and sign of bit 4; of bits 2-3 and bit 5
+    alignas(64) uint8_t signs[128];         // of seven bits: eight, of which an even number is set
+    alignas(64) uint8_t even[64], odd[64];  // weights: sizes of bits 0-1 and sign of bit 4; of bits 2-3 and bit 5
     alignas(64) float scales[16];
 };
 
@@ -42,10 +41,6 @@ DSV4_INLINE u8x64 look_up(u8x64 table, u8x64 index) { return u8x64(_mm512_permut
 
 DSV4_INLINE u8x64 look_up_128(const uint8_t* table, u8x64 index) {
     return u8x64(_mm512_permutex2var_epi8(load<__m512i>(table), __m512i(index), load<__m512i>(table + 64)));
-}
-
-DSV4_INLINE u8x64 look_up_256(const uint8_t* table, u8x64 index, __mmask64 upper) {
-    return u8x64(_mm512_mask_blend_epi8(upper, __m512i(look_up_128(table, index)), __m512i(look_up_128(table + 128, index))));
 }
 
 // `from` where a bit of 0x30 is set, else `other`.
@@ -58,7 +53,7 @@ DSV4_INLINE u8x64 down(u8x64 v, int count) { return bits<u8x64>(bits<u16x32>(v) 
 
 // Eight blocks of two rows, looked up once.
 struct Eight {
-    u8x64 low, high;  // of each point: sizes of its weights 0 to 3 and 4 to 7
+    u8x64 low, high;  // of each point: sizes of its weights 0 to 3 and 4 to 7, two bits each
     u8x64 signs;      // of its weights, a bit each
     f32x16 scales;    // of each block
 
@@ -67,11 +62,11 @@ struct Eight {
         constexpr i32x16 EVEN = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
         const __m512i SEVENS = _mm512_set1_epi64(0x352e2720150e0700), HALVES = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
         __m512i a = load<__m512i>(first + 2), b = load<__m512i>(second + 2);
-        u8x64 codes = u8x64(_mm512_permutex2var_epi32(a, __m512i(EVEN), b));
+        __m512i codes = _mm512_permutex2var_epi32(a, __m512i(EVEN), b);
         u32x16 words = u32x16(_mm512_permutex2var_epi32(a, __m512i(EVEN + 1), b));
-        __mmask64 upper = _mm512_movepi8_mask(__m512i(codes));
-        low = look_up_256(tables.low, codes, upper);
-        high = look_up_256(tables.high, codes, upper);
+        __mmask64 upper = _mm512_movepi8_mask(codes);
+        low = u8x64(look_up_64(iq2_xxs_grid.codes.low, codes, upper));
+        high = u8x64(look_up_64(iq2_xxs_grid.codes.high, codes, upper));
         signs = look_up_128(tables.signs, u8x64(_mm512_multishift_epi64_epi8(SEVENS, __m512i(words))));
         __m128i d = _mm_insert_epi16(_mm_cvtsi32_si128(load<uint16_t>(first)), load<uint16_t>(second), 1);
         f32x16 each = f32x16(_mm512_permutexvar_ps(HALVES, _mm512_castps128_ps512(_mm_cvtph_ps(d))));
@@ -93,17 +88,6 @@ struct Eight {
     }
 };
 
-// One token's row.
-struct Token {
-    const int8_t* q;
-    const float* d;
-    const int32_t* offsets;
-
-    Token() = default;
-    Token(const Activations& x, int64_t row)
-        : q(x.q + row * x.cols), d(x.d + row * (x.cols / 32)), offsets(x.offsets + row * (x.cols / 32)) {}
-};
-
 template <class Half, class V>
 DSV4_INLINE Half half(V v, int which) {
     return Half(which ? _mm512_extracti64x4_epi64(__m512i(v), 1) : _mm512_castsi512_si256(__m512i(v)));
@@ -119,7 +103,7 @@ DSV4_INLINE i32x16 dot_unsigned(u8x64 w, u8x64 a, i32x16 onto) {
 }
 
 // Two rows with one token.
-DSV4_INLINE void dots(const uint8_t* first, const uint8_t* second, int64_t units, const Token& a, const uint8_t* next, float* y) {
+DSV4_INLINE void dots(const uint8_t* first, const uint8_t* second, int64_t units, const Lanes& a, const uint8_t* next, float* y) {
     f32x16 total = {};
     Eight ahead(first, second);
     for (int64_t s = 0; s < units; ++s) {
@@ -153,8 +137,6 @@ DSV4_INLINE void unpack(const PlanesTile& tile, const uint8_t* first, const uint
 }  // namespace
 
 void set_planes(const Grid<8, 2>& grid) {
-    std::copy_n(grid.codes.low, 256, tables.low);
-    std::copy_n(grid.codes.high, 256, tables.high);
     for (int i = 0; i < 128; ++i) tables.signs[i] = uint8_t(i | (__builtin_popcount(unsigned(i)) & 1) << 7);
     for (int i = 0; i < 64; ++i) {
         int even = grid.sizes[i & 3], odd = grid.sizes[i >> 2 & 3];
@@ -172,7 +154,7 @@ void multiply_planes(const Weight& weight, int64_t begin, int64_t end, const Act
         for (int64_t r = begin; r < end; r += PAIR)
             for (int64_t i = 0; i < picked.count; ++i) {
                 float found[PAIR];
-                dots(row(r), row(r + 1), units, Token(x, picked[i]), behind(weight, r, PAIR), found);
+                dots(row(r), row(r + 1), units, Lanes(x, picked[i], 0), behind(weight, r, PAIR), found);
                 std::copy_n(found, std::min<int64_t>(PAIR, end - r), y + i * y_stride + r - begin);
             }
         return;
