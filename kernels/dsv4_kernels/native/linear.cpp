@@ -93,7 +93,7 @@ void embed(const int64_t* ids, int64_t t, const Weight& table, int64_t times, fl
 DSV4_API void dsv4_set_grids(const uint8_t* iq2_xxs, const uint8_t* iq3_xxs) {
     iq2_xxs_grid.set(iq2_xxs);
 #if DSV4_LOOKS_UP_MANY
-    set_planes(iq2_xxs_grid);
+    set_planes();
 #endif
     iq3_xxs_grid.set(iq3_xxs);
 }

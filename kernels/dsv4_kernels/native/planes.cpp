@@ -136,10 +136,10 @@ DSV4_INLINE void unpack(const PlanesTile& tile, const uint8_t* first, const uint
 
 }  // namespace
 
-void set_planes(const Grid<8, 2>& grid) {
+void set_planes() {
     for (int i = 0; i < 128; ++i) tables.signs[i] = uint8_t(i | (__builtin_popcount(unsigned(i)) & 1) << 7);
     for (int i = 0; i < 64; ++i) {
-        int even = grid.sizes[i & 3], odd = grid.sizes[i >> 2 & 3];
+        int even = iq2_xxs_grid.sizes[i & 3], odd = iq2_xxs_grid.sizes[i >> 2 & 3];
         tables.even[i] = uint8_t(128 + (i & 16 ? -even : even));
         tables.odd[i] = uint8_t(128 + (i & 32 ? -odd : odd));
     }

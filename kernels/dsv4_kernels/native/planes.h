@@ -9,7 +9,7 @@
 namespace dsv4 {
 
 // To be called when the grid has been set.
-void set_planes(const Grid<8, 2>& grid);
+void set_planes();
 
 // As `multiply`, of a matrix in IQ2_XXS.
 void multiply_planes(const Weight& weight, int64_t begin, int64_t end, const Activations& x, const Picked& picked, float* y,
